@@ -1,0 +1,49 @@
+# Every target makes the virtual environment itself. Override: make PYTHON=python3.12 PIP_FLAGS="..." TARGET
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+# Pinned first, so that nothing below pulls another build of it.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks
+
+.PHONY: quickstart install test test-fast check format bench micro clean
+
+quickstart: install  ## the whole loop on a CPU: train, measure what was kept, write report.html
+	$(BIN)/agentopd train configs/quickstart.toml
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "AgentOPD needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) --upgrade pip
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) "$(TORCH)"
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e ".[dev]" "$(TORCH)"
+	@touch $(STAMP)
+
+test: install  ## every tier this machine can run; the others say why they were skipped
+	$(BIN)/python -m pytest
+
+test-fast: install  ## the tier that runs in under a minute
+	$(BIN)/python -m pytest -m "not slow and not vllm and not docker and not gpu"
+
+check: install  ## format, lint, types, tests
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: install
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: install  ## ratios with spread, written to benchmarks/results/
+	$(BIN)/python -m benchmarks.run_all
+
+micro: install  ## train the shipped micro checkpoints from nothing (about half an hour on two cores)
+	$(BIN)/agentopd micro build configs/micro.toml
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,69 @@
+"""Checkpoints that are whole or absent: written to a temporary name, then renamed.
+
+``checkpoints/step-000050/`` holds ``learner/`` (weights, optimiser, RNG) and ``state.json`` (step, mixture positions,
+replay scores). Saving is collective over ranks; the first rank writes the state and publishes the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from agentopd.errors import UserError
+from agentopd.learner import runtime
+from agentopd.mixture import MixtureState
+
+_NAME = re.compile(r"step-(\d{6})")
+
+
+class Saveable(Protocol):
+    """What a checkpoint needs of a learner."""
+
+    def save(self, directory: Path) -> None:
+        """Write everything an exact continuation needs."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Read it back."""
+        ...
+
+
+def save_checkpoint(root: Path, step: int, learner: Saveable, mixture: MixtureState, keep: int) -> Path:
+    """Write the state after ``step`` finished steps; keep the newest ``keep`` checkpoints. Every rank must call it."""
+    final = root / f"step-{step:06d}"
+    partial = root / f".partial-{step:06d}"
+    is_main = runtime.rank() == 0
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    runtime.barrier()
+    learner.save(partial / "learner")
+    runtime.barrier()
+    if is_main:
+        (partial / "state.json").write_text(json.dumps({"step": step, "mixture": asdict(mixture)}))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in list_checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+    runtime.barrier()
+    return final
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and (path / "state.json").is_file()]
+    return sorted(found, key=lambda path: path.name)
+
+
+def load_latest(root: Path, learner: Saveable) -> tuple[int, MixtureState]:
+    """Restore the newest checkpoint; returns its step and mixture state. Raises ``UserError`` where there is none."""
+    found = list_checkpoints(root)
+    if not found:
+        raise UserError(f"no checkpoint under {str(root)!r}: the run stopped before its first one; start it again")
+    state = json.loads((found[-1] / "state.json").read_text())
+    learner.load(found[-1] / "learner")
+    return int(state["step"]), MixtureState(**state["mixture"])

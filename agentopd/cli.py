@@ -1,0 +1,156 @@
+"""The command line: arguments in, three lines of calls out. Exit codes: 0 done, 1 the run failed, 2 wrong input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from agentopd.errors import AgentOPDError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Teach a small agent new skills without making it forget: verifier-calibrated on-policy distillation.",
+)
+envs_app = typer.Typer(no_args_is_help=True, help="See the environments that are installed.")
+presets_app = typer.Typer(no_args_is_help=True, help="See what each named objective composes.")
+micro_app = typer.Typer(no_args_is_help=True, help="The micro world that ships with AgentOPD.")
+app.add_typer(envs_app, name="envs")
+app.add_typer(presets_app, name="presets")
+app.add_typer(micro_app, name="micro")
+
+Plain = Annotated[bool, typer.Option("--plain", help="No colour, no redrawing: for logs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a config key, as in --set learner.lr=1e-4."),
+]
+
+
+@app.command()
+def train(config: Path, overrides: Overrides = None, plain: Plain = False) -> None:
+    """Train on a suite of tasks: one TOML file, one run directory, a table and report.html at the end."""
+    from agentopd import commands
+
+    commands.train(config, overrides or [], plain)
+
+
+@app.command()
+def resume(run: Path, plain: Plain = False) -> None:
+    """Continue a run exactly where it stopped."""
+    from agentopd import commands
+
+    commands.resume(run, plain)
+
+
+@app.command("eval")
+def evaluate(
+    suite: Annotated[Path, typer.Option("--suite", help="A suite file.")],
+    model: Annotated[Optional[str], typer.Option("--model", help="A directory, hub id or shipped model.")] = None,  # noqa: UP045
+    policy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--policy", help="Instead of a model: gold, noop or starter."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option("--limit", min=1, help="Tasks per skill. Default: all.")] = None,  # noqa: UP045
+    k: Annotated[int, typer.Option("--k", min=1, help="Attempts per task.")] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed")] = 1234,
+    as_json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Measure a model, or a fixed script, on a suite: avg@k and pass@k with 95 % intervals."""
+    from agentopd import commands
+
+    commands.evaluate(suite, model, policy, commands.EvalOptions(limit, k, temperature, seed, as_json, plain))
+
+
+@app.command()
+def retention(run: Path, as_json: Json = False, plain: Plain = False) -> None:
+    """The stage x skill matrix of a run: what was learned, what was kept."""
+    from agentopd import commands
+
+    commands.retention(run, as_json, plain)
+
+
+@app.command()
+def report(run: Path) -> None:
+    """Rebuild a run's report.html, also of an interrupted run."""
+    from agentopd import commands
+
+    commands.report(run)
+
+
+@app.command()
+def verify(episodes: Path, as_json: Json = False, plain: Plain = False) -> None:
+    """Judge stored episodes again, without a model; exit code 1 if a verdict differs."""
+    from agentopd import commands
+
+    commands.verify(episodes, as_json, plain)
+
+
+@envs_app.command("list")
+def envs_list(plain: Plain = False) -> None:
+    """Every installed environment, and where it comes from."""
+    from agentopd import commands
+
+    commands.envs_list(plain)
+
+
+@envs_app.command("describe")
+def envs_describe(name: str, source: Annotated[Optional[str], typer.Option("--source")] = None) -> None:  # noqa: UP045
+    """One environment: sources, tools, limits, and an example task."""
+    from agentopd import commands
+
+    commands.envs_describe(name, source)
+
+
+@presets_app.command("list")
+def presets_list(plain: Plain = False) -> None:
+    """Every preset, one line each."""
+    from agentopd import commands
+
+    commands.presets_list(plain)
+
+
+@presets_app.command("show")
+def presets_show(name: str) -> None:
+    """The blocks a preset composes, fully resolved."""
+    from agentopd import commands
+
+    commands.presets_show(name)
+
+
+@micro_app.command("build")
+def micro_build(config: Path, overrides: Overrides = None, plain: Plain = False) -> None:
+    """Train tokenizer, student and teacher from nothing, by a recipe; resumes where it stopped."""
+    from agentopd import commands
+
+    commands.micro_build(config, overrides or [], plain)
+
+
+def main() -> None:
+    """Entry point: run a command, and turn errors into one line and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except AgentOPDError as error:
+        from agentopd.console import make_console, print_error
+
+        print_error(make_console(stderr=True), error)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except typer.Abort:
+        sys.exit(1)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's usage errors
+            print(f"error: {error.format_message()}", file=sys.stderr)
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""What each command does, in terms of the layers below. Heavy imports happen inside, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from agentopd.config import PRESETS, SUMMARIES, load_run_config, load_suite
+from agentopd.console import before_after_table, eval_table, make_console, progress, retention_table
+from agentopd.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from agentopd.evaluate import Script
+    from agentopd.evaluation.metrics import EvalResult
+    from agentopd.runs import Run
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How ``agentopd eval`` samples and prints."""
+
+    limit: int | None
+    k: int
+    temperature: float
+    seed: int
+    as_json: bool
+    plain: bool
+
+
+def train(path: Path, overrides: Sequence[str], plain: bool) -> None:
+    """``agentopd train``."""
+    from agentopd.runs import Run
+
+    config = load_run_config(path, overrides)
+    _train(Run.start(config), make_console(plain))
+
+
+def resume(path: Path, plain: bool) -> None:
+    """``agentopd resume``."""
+    from agentopd.runs import Run
+
+    _train(Run.resume(path), make_console(plain))
+
+
+def _train(run: Run, console: Console) -> None:
+    from agentopd.report import build_report
+    from agentopd.train import train
+
+    outcome = asyncio.run(train(run, console))
+    if run.directory is None:
+        return
+    roles = {name: skill.config.role for name, skill in run.skills.items()}
+    console.print(before_after_table(outcome.base, outcome.after, outcome.teacher, roles))
+    console.print(f"report: {build_report(run.directory.path)}")
+
+
+def evaluate(suite_path: Path, model: str | None, policy: str | None, options: EvalOptions) -> None:
+    """``agentopd eval``."""
+    from agentopd.evaluate import SCRIPTS
+
+    if (model is None) == (policy is None):
+        raise UserError("give either --model DIR or --policy gold|noop|starter")
+    if policy is not None and policy not in SCRIPTS:
+        raise UserError(f"unknown policy {policy!r}; policies: {', '.join(SCRIPTS)}")
+    console = make_console(options.plain or options.as_json, stderr=options.as_json)
+    result = asyncio.run(_evaluate(suite_path, model, policy, options, console))
+    if options.as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        console.print(eval_table(result))
+
+
+async def _evaluate(
+    suite_path: Path, model: str | None, policy: Script | None, options: EvalOptions, console: Console
+) -> EvalResult:
+    from agentopd.build import Judge, build_policy, build_sandbox, load_skills
+    from agentopd.config.run import EvalConfig, RolloutConfig, SandboxConfig
+    from agentopd.evaluate import evaluate_model, evaluate_script, heldout_tasks, summarise
+    from agentopd.rendering import HermesJSON
+
+    skills = load_skills(load_suite(suite_path))
+    student = build_policy(model, "bfloat16", RolloutConfig()) if model is not None else None
+    tasks = heldout_tasks(skills.values(), options.limit, options.seed)
+    judge = Judge(skills.values(), build_sandbox(SandboxConfig()))
+    try:
+        await judge.start((name, found[0]) for name, found in tasks.items())
+        with progress(console, "evaluating", sum(map(len, tasks.values())) * (options.k if student else 1)) as advance:
+            if student is not None:
+                config = EvalConfig(k=options.k, temperature=options.temperature, seed=options.seed)
+                judged = await evaluate_model(student, skills, tasks, judge, config, advance)
+                await student.engine.aclose()
+            else:
+                assert policy is not None  # checked by the caller
+                judged = await evaluate_script(policy, skills, tasks, judge, HermesJSON(), advance)
+    finally:
+        await judge.sandbox.aclose()
+    k = options.k if student else 1
+    return summarise(judged, model or str(policy), k, seed=options.seed)
+
+
+def retention(path: Path, as_json: bool, plain: bool) -> None:
+    """``agentopd retention``."""
+    from agentopd.report import write_retention_page
+    from agentopd.report.collect import collect
+
+    story = collect(path)
+    matrix = story.retention()
+    if matrix is None:
+        raise UserError(f"run {str(path)!r} has no evaluation yet: let it run, or resume it")
+    if as_json:
+        print(json.dumps(matrix.to_json()))
+        return
+    console = make_console(plain)
+    console.print(retention_table(matrix))
+    console.print(f"picture: {write_retention_page(matrix, path / 'retention.html', story.roles)}")
+
+
+def report(path: Path) -> None:
+    """``agentopd report``."""
+    from agentopd.report import build_report
+
+    print(build_report(path))
+
+
+def verify(path: Path, as_json: bool, plain: bool) -> None:
+    """``agentopd verify``."""
+    from agentopd.reverify import Rejudged, rejudge
+
+    if not path.exists():
+        raise UserError(f"no episodes at {str(path)!r}: give a JSONL file, or a run's episodes folder")
+    found: list[Rejudged] = asyncio.run(rejudge(path))
+    changed = [item for item in found if item.differs]
+    if as_json:
+        print(json.dumps({"episodes": len(found), "changed": [item.episode_id for item in changed]}))
+    else:
+        console = make_console(plain)
+        for item in changed:
+            console.print(f"{item.episode_id}: stored {item.stored}, now {item.now}", markup=False)
+        console.print(f"{len(found)} episodes judged again, {len(changed)} verdicts differ")
+    if changed:
+        raise SystemExit(1)
+
+
+def envs_list(plain: bool) -> None:
+    """``agentopd envs list``."""
+    from agentopd.registry import environments
+
+    table = Table("environment", "from", header_style="bold", pad_edge=False)
+    for name, claims in environments.entries().items():
+        table.add_row(name, " and ".join(claim.origin for claim in claims))
+    make_console(plain).print(table)
+
+
+def envs_describe(name: str, source: str | None) -> None:
+    """``agentopd envs describe``."""
+    from agentopd.registry import environments
+
+    env = environments.get(name)
+    chosen = source or env.sources[0]
+    task = next(iter(env.load_tasks("eval", chosen, 1, 0)))
+    summary = {
+        "name": env.name,
+        "version": env.version,
+        "about": (env.__doc__ or "").strip(),
+        "sources": list(env.sources),
+        "verifier": env.verifier_for(task),
+        "tools": [schema.model_dump() for schema in env.tool_schemas(task)],
+        "limits": task.limits.model_dump(),
+        "example": [message.model_dump(exclude_defaults=True) for message in task.prompt],
+    }
+    print(json.dumps(summary, indent=2, ensure_ascii=False))
+
+
+def presets_list(plain: bool) -> None:
+    """``agentopd presets list``."""
+    table = Table("preset", "what it is", header_style="bold", pad_edge=False)
+    for name in PRESETS:
+        table.add_row(name, SUMMARIES[name])
+    make_console(plain).print(table)
+
+
+def presets_show(name: str) -> None:
+    """``agentopd presets show``."""
+    from agentopd.config import dump_toml
+    from agentopd.config.load import resolve_objective
+
+    print(f"# {SUMMARIES.get(name, '')}".rstrip())
+    print(dump_toml(resolve_objective(name)), end="")
+
+
+def micro_build(path: Path, overrides: Sequence[str], plain: bool) -> None:
+    """``agentopd micro build``."""
+    from agentopd.micro import build, load_recipe
+
+    build(load_recipe(path, overrides), make_console(plain))

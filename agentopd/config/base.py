@@ -1,0 +1,29 @@
+"""The strict base of every config section: an unknown key is an error that names the nearest valid one."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Section(BaseModel):
+    """A frozen group of settings. Class defaults are the vetted values; a docstring under a field explains it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        valid = list(cls.model_fields)
+        for key in data:
+            if key not in valid:
+                close = get_close_matches(str(key), valid, n=1)
+                kind = f" for kind {data['kind']!r}" if "kind" in data and "kind" in valid else ""
+                hint = f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(valid)}"
+                raise PydanticCustomError("unknown_key", "{text}", {"text": f"unknown key {key!r}{kind}; {hint}"})
+        return data

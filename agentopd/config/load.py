@@ -1,0 +1,156 @@
+"""TOML in, typed config out: presets merged, ``--set`` applied, every complaint one line with a place and a hint."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import ValidationError
+
+from agentopd.config.base import Section
+from agentopd.config.objective import ObjectiveConfig
+from agentopd.config.presets import PRESETS
+from agentopd.config.run import RunConfig, SuiteConfig
+from agentopd.errors import ConfigError
+
+DEFAULT_PRESET = "verifier_calibrated"
+
+T = TypeVar("T", bound=Section)
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's TOML file, apply dotted ``key=value`` overrides, merge the preset and validate.
+
+    ``suite`` may be a table or the path of a suite file, relative to the config file. Raises ``ConfigError``.
+    """
+    raw = _raw(Path(path), overrides)
+    raw["objective"] = _merged_objective(raw.get("objective", {}))
+    return _validate(RunConfig, raw, str(path))
+
+
+def load_section(model: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read any other config file that may name a suite. Raises ``ConfigError``."""
+    return _validate(model, _raw(Path(path), overrides), str(path))
+
+
+def load_suite(path: str | Path) -> SuiteConfig:
+    """Read a suite file. Raises ``ConfigError``."""
+    return _validate(SuiteConfig, _read_toml(Path(path), "suite"), str(path))
+
+
+def resolve_objective(preset: str) -> ObjectiveConfig:
+    """A preset with every block filled in. Raises ``ConfigError`` for an unknown one."""
+    return _validate(ObjectiveConfig, _merged_objective({"preset": preset}), f"preset {preset!r}")
+
+
+def dump_toml(config: Section) -> str:
+    """A resolved config as TOML that ``load_run_config`` reads back to an equal config (``None`` keys left out)."""
+    return tomli_w.dumps(_dumpable(config.model_dump(mode="json")))
+
+
+def _raw(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    raw = _read_toml(path, "config")
+    for override in overrides:
+        _apply(raw, override)
+    if isinstance(raw.get("suite"), str):
+        raw["suite"] = _read_toml(_beside(path, raw["suite"]), "suite")
+    return raw
+
+
+def _dumpable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _dumpable(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_dumpable(item) for item in value]
+    return value
+
+
+def _beside(config_path: Path, name: str) -> Path:
+    near = config_path.parent / name
+    return near if near.exists() else Path(name)
+
+
+def _read_toml(path: Path, what: str) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"no {what} file at {str(path)!r}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{str(path)!r} is a directory, not a {what} file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: not valid TOML: {exc}") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """``a.b=value``: the value is TOML, or a bare string where it does not parse as TOML."""
+    dotted, sep, text = override.partition("=")
+    if not sep or not dotted.strip():
+        raise ConfigError(f"--set {override!r}: write it as key.subkey=value")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if value == "none":
+        value = None
+    *parents, last = [part.strip() for part in dotted.split(".")]
+    table: Any = raw
+    for part in parents:
+        table = _descend(table, part, override)
+    if isinstance(table, list):
+        raise ConfigError(f"--set {override!r}: name the entry first, as in suite.skills.NAME.key=value")
+    table[last] = value
+
+
+def _descend(table: Any, part: str, override: str) -> Any:
+    """One step into a table; entries of an array of tables are addressed by their ``name``."""
+    if isinstance(table, list):
+        named = [entry for entry in table if isinstance(entry, dict) and entry.get("name") == part]
+        if not named:
+            names = ", ".join(str(entry.get("name")) for entry in table if isinstance(entry, dict))
+            raise ConfigError(f"--set {override!r}: no entry is named {part!r} (there are: {names})")
+        return named[0]
+    child = table.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"--set {override!r}: {part!r} is a value ({child!r}), not a table")
+    return child
+
+
+def _merged_objective(given: Any) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise ConfigError(f"objective: expected a table, got {given!r}")
+    preset = given.get("preset", DEFAULT_PRESET)
+    if preset not in PRESETS:
+        close = get_close_matches(str(preset), PRESETS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"objective.preset: unknown preset {preset!r}; {hint}(presets: {', '.join(PRESETS)})")
+    merged: dict[str, Any] = {**deepcopy(PRESETS[preset]), "preset": preset}
+    for block, settings in given.items():
+        base = merged.get(block)
+        if isinstance(settings, dict) and isinstance(base, dict) and _same_kind(base, settings):
+            settings = {**base, **settings}
+        merged[block] = settings
+    return merged
+
+
+def _same_kind(base: dict[str, Any], given: dict[str, Any]) -> bool:
+    """A preset's settings carry over to a block unless the user picked another kind of it."""
+    return "kind" not in given or given["kind"] == base.get("kind")
+
+
+def _validate(model: type[T], raw: dict[str, Any], where: str) -> T:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != first.get("ctx", {}).get("tag"))
+        message = first["msg"].removeprefix("Value error, ")
+        given = first.get("input")
+        shown = "" if isinstance(given, dict | Section) or first["type"] == "value_error" else f" (got {given!r})"
+        more = f" (and {exc.error_count() - 1} more)" if exc.error_count() > 1 else ""
+        raise ConfigError(f"{where}: {place + ': ' if place else ''}{message}{shown}{more}") from None

@@ -1,0 +1,208 @@
+"""The in-process engine: batched decoding of a Hugging Face causal model that the learner owns.
+
+Prompts are padded on the right, where causal attention hides the padding for free; equal prompts (the copies of a
+group) are prefilled once and their cache rows copied. The last prompt token goes through the decode step, so that the
+prefill needs no logits. Rows that finish leave the batch in bulk.
+
+Shapes: B rows, U distinct prompts, L padded prompt length, T cache columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from agentopd.contracts import Generation, GenerationRequest
+from agentopd.engines.attention import GROUPED_ATTENTION
+from agentopd.engines.sampling import UniformStreams, sample
+from agentopd.errors import EngineError, boundary
+
+_COMPACT_BELOW = 0.85
+"""Finished rows are dropped once fewer than this share is alive: copying the cache costs more than a few idle rows."""
+
+
+class HFEngine:
+    """Samples from ``model`` itself: the weights are the learner's, so there is nothing to copy.
+
+    ``model`` is a Hugging Face causal language model; ``batch_size`` rows are decoded at once, sorted by
+    length. Not to be used while the learner updates: calls run in one worker thread and do not lock the weights.
+    Raises ``EngineError`` for requests that do not fit ``max_context`` and for non-finite log-probs.
+    """
+
+    lockstep = True
+
+    def __init__(self, model: Any, batch_size: int = 256, max_context: int | None = None) -> None:
+        # Below the width of a sliding window, windowed and full attention are the same: stay below it.
+        limit = min(model.config.max_position_embeddings, getattr(model.config, "sliding_window", None) or math.inf)
+        self.model = model
+        self.batch_size = batch_size
+        self.max_context = int(min(max_context or limit, limit))
+        self.weight_version = 0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-engine")
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """One continuation per request, in order; runs off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self.generate_now, requests)
+
+    def generate_now(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """``generate`` for callers without an event loop."""
+        for request in requests:
+            self._check(request)
+        results: list[Generation | None] = [None] * len(requests)
+        with boundary(EngineError, "generating"), _decoding(self.model):
+            for rows in self._chunks(requests):
+                for row, generation in zip(rows, self._decode([requests[row] for row in rows]), strict=True):
+                    results[row] = generation
+        return [result for result in results if result is not None]
+
+    def sync_weights(self, version: int) -> None:
+        """Nothing to copy; from here on generations carry ``version``."""
+        self.weight_version = version
+
+    async def aclose(self) -> None:
+        """Stop the worker thread."""
+        self._worker.shutdown(wait=True)
+
+    def _check(self, request: GenerationRequest) -> None:
+        length, room = len(request.token_ids), request.params.max_tokens
+        if length == 0 or room < 1 or length + room > self.max_context:
+            raise EngineError(
+                f"a request of {length} tokens plus max_tokens={room} does not fit a context of {self.max_context}"
+            )
+
+    def _chunks(self, requests: Sequence[GenerationRequest]) -> Iterator[list[int]]:
+        """Indices of requests that decode together: one sampling distribution, similar lengths, a fixed order."""
+
+        def kind(row: int) -> tuple[float, float, tuple[int, ...]]:
+            params = requests[row].params
+            return params.temperature, params.top_p, params.stop_ids
+
+        order = sorted(range(len(requests)), key=lambda row: (kind(row), len(requests[row].token_ids), row))
+        for _, group in groupby(order, key=kind):
+            rows = list(group)
+            for start in range(0, len(rows), self.batch_size):
+                yield rows[start : start + self.batch_size]
+
+    def _decode(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        batch = _Batch(self.model, requests)
+        while batch.alive:
+            batch.step()
+        return batch.results(self.weight_version)
+
+
+class _Batch:
+    """The state of one batch while it decodes. All requests share temperature, top-p and stop ids."""
+
+    def __init__(self, model: Any, requests: Sequence[GenerationRequest]) -> None:
+        self.model = model
+        self.params = requests[0].params
+        self.device = next(model.parameters()).device
+        self.sampled: list[list[int]] = [[] for _ in requests]
+        self.logprobs: list[list[float]] = [[] for _ in requests]
+        self.stopped = [False] * len(requests)
+        self.room = [request.params.max_tokens for request in requests]
+        self.rows = list(range(len(requests)))
+        """Which request each row of the batch belongs to; finished rows stay until the batch is compacted."""
+        self.done = [False] * len(requests)
+        self.alive = len(requests)
+        self.uniforms = UniformStreams([request.seed for request in requests])
+        self.stop_ids = frozenset(self.params.stop_ids)
+        prompts = [tuple(request.token_ids) for request in requests]
+        self.next_B = self._tensor([prompt[-1] for prompt in prompts])
+        self.position_B = self._tensor([len(prompt) - 1 for prompt in prompts])
+        self.cache = DynamicCache()
+        self.columns = self._prefill([prompt[:-1] for prompt in prompts])
+        self.mask_BT = self._mask(self.columns + max(self.room))
+
+    def step(self) -> None:
+        """Feed the newest token of every row, sample the next one, and drop finished rows when they are many."""
+        self.columns += 1
+        logits_BV = self.model(
+            input_ids=self.next_B[:, None],
+            attention_mask=self.mask_BT[:, None, None, : self.columns],
+            position_ids=self.position_B[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        self.next_B, logprobs_B = sample(logits_BV, self.uniforms.draw(), self.params.temperature, self.params.top_p)
+        self.position_B = self.position_B + 1
+        self._record(self.next_B.tolist(), logprobs_B.tolist())
+        if 0 < self.alive < _COMPACT_BELOW * len(self.rows):
+            self._compact()
+
+    def results(self, weight_version: int) -> list[Generation]:
+        """What was sampled, in the order of the requests."""
+        if not all(math.isfinite(value) for row in self.logprobs for value in row):
+            raise EngineError("a sampled token has a non-finite log-prob: the weights are broken (NaN or infinite)")
+        return [
+            Generation(tuple(ids), tuple(logprobs), "stop" if stopped else "length", weight_version)
+            for ids, logprobs, stopped in zip(self.sampled, self.logprobs, self.stopped, strict=True)
+        ]
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> int:
+        """Fill the cache with all but the last token of every prompt; returns the padded length L."""
+        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        length = max(map(len, prompts))
+        if length == 0:
+            return 0
+        ids_UL = self._tensor([[*prompt, *[0] * (length - len(prompt))] for prompt in distinct])
+        self.model(input_ids=ids_UL, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        if len(distinct) < len(prompts):
+            self.cache.batch_select_indices(self._tensor([distinct[prompt] for prompt in prompts]))
+        return length
+
+    def _mask(self, width: int) -> torch.Tensor:
+        """Additive mask over cache columns: a row sees its own prompt and everything sampled, not the padding."""
+        column_T = torch.arange(width, device=self.device)
+        padding_BT = (column_T >= self.position_B[:, None]) & (column_T < self.columns)
+        return torch.zeros(padding_BT.shape, dtype=self.model.dtype, device=self.device).masked_fill_(
+            padding_BT, float("-inf")
+        )
+
+    def _record(self, tokens: list[int], logprobs: list[float]) -> None:
+        for row, request in enumerate(self.rows):
+            if self.done[row]:
+                continue
+            self.sampled[request].append(tokens[row])
+            self.logprobs[request].append(logprobs[row])
+            stopped = tokens[row] in self.stop_ids
+            if stopped or len(self.sampled[request]) == self.room[request]:
+                self.stopped[request] = stopped
+                self.done[row] = True
+                self.alive -= 1
+
+    def _compact(self) -> None:
+        keep = [row for row, done in enumerate(self.done) if not done]
+        keep_B = self._tensor(keep)
+        self.cache.batch_select_indices(keep_B)
+        self.next_B, self.position_B = self.next_B[keep_B], self.position_B[keep_B]
+        self.mask_BT = self.mask_BT[keep_B]
+        self.uniforms.keep(keep)
+        self.rows = [self.rows[row] for row in keep]
+        self.done = [False] * len(keep)
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+@contextmanager
+def _decoding(model: Any) -> Iterator[None]:
+    """Evaluation mode, no gradients, grouped attention; the learner finds its model as it left it."""
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    model.config._attn_implementation = GROUPED_ATTENTION
+    try:
+        # Not inference_mode: tensors made under it must never meet autograd, and the parameters are shared.
+        with torch.no_grad():
+            yield
+    finally:
+        model.config._attn_implementation = attention
+        model.train(training)

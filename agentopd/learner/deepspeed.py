@@ -1,0 +1,214 @@
+"""The optimiser: a DeepSpeed engine around the student, one ``step`` per batch.
+
+Gradients of micro-batches are plain sums (``objective.streams``), so the loss is only multiplied by the number of
+ranks, because DeepSpeed averages over them. With a bf16 model the optimiser works on fp32 master weights and
+accumulates gradients in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agentopd.config.objective import ObjectiveConfig
+from agentopd.config.run import LearnerConfig
+from agentopd.errors import ConfigError, InfraError
+from agentopd.learner import runtime
+from agentopd.learner.head import head_logprobs, hidden_states, output_head
+from agentopd.learner.schedule import learning_rate
+from agentopd.objective.compose import compute_loss
+from agentopd.objective.metrics import Sums, add_sums, means
+from agentopd.objective.microbatches import split_micro_batches
+from agentopd.objective.streams import Batch, Streams
+
+_TAG = "learner"
+
+
+class _Scorer(nn.Module):
+    """The module DeepSpeed wraps: a micro-batch in, log-probs (N,) and top-K log-probs (N, K) out."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        hidden_NH = hidden_states(self.model, batch.input_ids_BT, batch.row_N, batch.position_N)
+        return head_logprobs(hidden_NH, output_head(self.model), batch.target_N, batch.teacher_topk_ids_NK)
+
+
+class DeepSpeedLearner:
+    """Trains ``model`` (a Hugging Face causal LM, in bf16 or fp32) in place on one objective.
+
+    The same class runs alone in one process and as each rank of a launched job; every rank must call every method.
+    The model is kept in eval mode: dropout would make the update's log-probs differ from the sampled policy's.
+    """
+
+    def __init__(self, model: Any, config: LearnerConfig, objective: ObjectiveConfig, total_steps: int) -> None:
+        self.config = config
+        self.objective = objective
+        self.total_steps = total_steps
+        self.steps_done = 0
+        self._deepspeed = runtime.start()
+        self._engine = self._initialised(_Scorer(model.eval()))
+        self.device = next(model.parameters()).device
+
+    @property
+    def module(self) -> Any:
+        """The student itself, sharing its weights with whoever else holds it."""
+        return self._engine.module.model
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Up to ``epochs`` optimiser passes over a batch; returns metrics reduced over ranks and micro-batches.
+
+        Further passes stop once mean |logprobs - old_logprobs| exceeds ``max_epoch_kl``. A batch without a token on
+        any rank changes nothing. Raises ``InfraError`` if the loss is not finite, before the weights change.
+        """
+        if not runtime.all_reduce_max(batch.num_tokens):
+            return {**batch.metrics, "learner/skipped": 1.0}
+        micro_batches = self._micro_batches(batch)
+        rate = learning_rate(self.config, self.steps_done, self.total_steps)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        old = [None] * len(micro_batches) if self.config.epochs == 1 else [self._score(x) for x in micro_batches]
+        metrics: dict[str, float] = {}
+        passes = 0
+        for _ in range(self.config.epochs):
+            metrics = self._one_pass(micro_batches, old, batch.skills)
+            passes += 1
+            if metrics["student/drift"] > self.config.max_epoch_kl:
+                break
+        self.steps_done += 1
+        return {**batch.metrics, **metrics, "learner/lr": rate, "learner/passes": float(passes)}
+
+    def save(self, directory: str | Path) -> None:
+        """Write weights, fp32 masters, optimiser state, schedule position and random states."""
+        with runtime.quiet():
+            self._engine.save_checkpoint(str(directory), tag=_TAG, client_state={"steps_done": self.steps_done})
+        torch.save(torch.get_rng_state(), self._rng_file(directory))
+
+    def load(self, directory: str | Path) -> None:
+        """Continue exactly where ``save`` stopped, on the same number of ranks. Raises ``ConfigError``."""
+        if not self._rng_file(directory).is_file():
+            raise ConfigError(f"{str(directory)!r} holds no learner state for rank {runtime.rank()}")
+        with runtime.quiet():
+            _, client_state = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        self.steps_done = client_state["steps_done"]
+        torch.set_rng_state(torch.load(self._rng_file(directory), weights_only=True))
+
+    def export(self, directory: str | Path) -> None:
+        """Write the student as a Hugging Face directory (safetensors), in the model's dtype."""
+        if runtime.rank() == 0:
+            self.module.save_pretrained(str(directory))
+        runtime.all_reduce_max(0)
+
+    def close(self) -> None:
+        """Detach DeepSpeed's hooks from the model; the model stays usable."""
+        with runtime.quiet():
+            self._engine.destroy()
+
+    def _initialised(self, scorer: _Scorer) -> Any:
+        config = self.config
+        parameters = [p for p in scorer.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        )
+        with runtime.quiet():
+            engine, *_ = self._deepspeed.initialize(
+                model=scorer, optimizer=optimizer, config=_engine_config(config, parameters[0].dtype)
+            )
+        return engine
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        """As many micro-batches on every rank: a rank that is short adds fillers without weight."""
+        local = split_micro_batches(batch, self.config.micro_batch_tokens)
+        missing = runtime.all_reduce_max(len(local)) - len(local)
+        return [micro.to(self.device) for micro in [*local, *[_filler(batch)] * missing]]
+
+    @torch.no_grad()
+    def _score(self, micro_batch: Batch) -> Tensor:
+        scored: tuple[Tensor, Tensor] = self._engine.module(micro_batch)
+        return scored[0]
+
+    def _one_pass(
+        self, micro_batches: list[Batch], old: list[Tensor] | list[None], skills: tuple[str, ...]
+    ) -> dict[str, float]:
+        """One optimiser step over all micro-batches."""
+        ranks = runtime.world_size()
+        parts: dict[str, Tensor] = {}
+        sums: Sums = {}
+        for index, (micro_batch, old_N) in enumerate(zip(micro_batches, old, strict=True)):
+            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            logprobs_N, topk_logprobs_NK = self._engine(micro_batch)
+            output = compute_loss(Streams(micro_batch, logprobs_N, topk_logprobs_NK, old_N), self.objective)
+            self._engine.backward(output.loss * ranks, scale_wrt_gas=False)
+            parts, sums = add_sums(parts, output.parts), add_sums(sums, output.sums)
+        metrics = self._reduced(parts, sums, skills)
+        if not all(torch.isfinite(torch.tensor(metrics[name])) for name in parts):
+            raise InfraError(f"the loss of step {self.steps_done} is not finite: {metrics}")
+        norm = self._plain_grad_norm()
+        self._engine.step()
+        metrics["learner/grad_norm"] = float(self._engine.get_global_grad_norm() if norm is None else norm)
+        return metrics
+
+    def _reduced(self, parts: dict[str, Tensor], sums: Sums, skills: tuple[str, ...]) -> dict[str, float]:
+        """Everything a pass measured, summed over ranks in one message."""
+        flat = torch.cat([torch.stack(list(parts.values())), *(table.flatten() for table in sums.values())]).double()
+        total = runtime.all_reduce(flat)
+        losses, rest = total[: len(parts)].tolist(), total[len(parts) :].view(len(sums), len(skills), 2)
+        metrics = {**dict(zip(parts, losses, strict=True)), "loss/total": sum(losses)}
+        return metrics | means(dict(zip(sums, rest, strict=True)), skills)
+
+    def _plain_grad_norm(self) -> Tensor | None:
+        """Gradient norm before clipping, where DeepSpeed does not report one (fp32 without ZeRO)."""
+        if isinstance(self._engine.optimizer, torch.optim.Optimizer):
+            grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            return torch.nn.utils.get_total_norm(grads)
+        return None
+
+    def _rng_file(self, directory: str | Path) -> Path:
+        return Path(directory) / f"rng_rank{runtime.rank()}.pt"
+
+
+def _engine_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's own settings.
+
+    A bf16 model without ZeRO runs as stage 1, which on one rank is the same thing: DeepSpeed's stage-0 optimiser for
+    bf16 sums gradients in bf16 and starts Adam with an empty step that distorts its bias correction.
+    """
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.grad_clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "steps_per_print": None,
+    }
+    if dtype == torch.bfloat16:
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["zero_optimization"]["stage"] = max(1, config.zero_stage)
+    elif dtype != torch.float32:
+        raise ConfigError(f"the student is in {dtype}; train it in bfloat16 or float32")
+    return settings
+
+
+def _filler(batch: Batch) -> Batch:
+    """A micro-batch of one token that weighs nothing, for a rank that has fewer micro-batches than another."""
+    tokens: dict[str, Any] = {
+        f.name: torch.zeros(1, *getattr(batch, f.name).shape[1:], dtype=getattr(batch, f.name).dtype)
+        for f in fields(batch)
+        if f.name.endswith(("_N", "_NK"))
+    }
+    tokens["position_N"] = torch.ones(1, dtype=torch.int64)
+    return replace(
+        batch,
+        **tokens,
+        input_ids_BT=torch.zeros(1, 2, dtype=torch.int64),
+        lengths_B=torch.tensor([2]),
+        truncated_B=torch.tensor([False]),
+        counted=False,
+        metrics={},
+    )

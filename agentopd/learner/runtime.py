@@ -1,0 +1,102 @@
+"""Starting DeepSpeed quietly: alone in one process without a launcher, or as one rank of a launched job."""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start() -> Any:
+    """Join (or found) the process group and return the imported ``deepspeed`` module. Idempotent.
+
+    Under a launcher (``torchrun``, ``deepspeed``) the group comes from its environment variables; otherwise this
+    process is the whole group, and no port is opened.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")
+            alone = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+    with quiet():
+        import deepspeed
+        import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # The shared-memory collective serves inference only, and would be compiled at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep DeepSpeed's banners and the deprecations of its own imports off the terminal.
+
+    It also runs a full garbage collection for each banner: objects that exist already are exempted from it.
+    """
+    gc.freeze()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
+            yield
+    finally:
+        gc.unfreeze()
+
+
+def world_size() -> int:
+    """Number of data-parallel ranks (1 before ``start``)."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Rank of this process (0 before ``start``)."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum of a tensor over the ranks, as a new tensor."""
+    return _reduced(tensor, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(value: int) -> int:
+    """The largest of the ranks' values."""
+    return int(_reduced(torch.tensor(value), dist.ReduceOp.MAX))
+
+
+def _reduced(tensor: Tensor, op: Any) -> Tensor:
+    if world_size() == 1:
+        return tensor.clone()
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    total = tensor.to(device, copy=True)
+    dist.all_reduce(total, op)
+    return total.to(tensor.device)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        all_reduce_max(0)

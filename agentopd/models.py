@@ -1,0 +1,94 @@
+"""Finding, loading and comparing models and tokenizers."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agentopd.errors import ConfigError
+
+SHIPPED = ("micro/student", "micro/teacher")
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def resolve_model(name: str) -> str:
+    """A model name as something ``from_pretrained`` takes: shipped alias, local directory, or hub id.
+
+    Raises ``ConfigError`` for a path that is not there.
+    """
+    if name in SHIPPED:
+        path = Path(str(files("agentopd"))) / "assets" / name
+        if not path.is_dir():
+            raise ConfigError(f"the shipped model {name!r} is missing; build it with: agentopd micro build")
+        return str(path)
+    if Path(name).is_dir():
+        return name
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not looks_like_hub_id:
+        raise ConfigError(f"no model at {name!r}: give a directory, a hub id, or one of {', '.join(SHIPPED)}")
+    return name
+
+
+def load_tokenizer(name: str) -> Any:
+    """The fast tokenizer of a model. Raises ``ConfigError`` when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"model {name!r}: its tokenizer cannot be loaded: {_first_line(exc)}") from None
+
+
+def load_model(name: str, dtype: str, attn: str = "sdpa") -> Any:
+    """A causal language model in evaluation mode. Raises ``ConfigError`` when it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name), dtype=_DTYPES[dtype], attn_implementation=attn
+        )
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(exc)}") from None
+    return model.eval()
+
+
+def check_same_vocabulary(student: Any, teacher: Any, teacher_name: str) -> None:
+    """Token ids must mean the same to both, or scoring the student's ids with the teacher is nonsense.
+
+    Compared by content, not by size, so padded embedding rows do not matter. Raises ``ConfigError`` naming the first
+    id that differs.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    by_id = {index: token for token, index in theirs.items()}
+    for token, index in sorted(ours.items(), key=lambda item: item[1]):
+        if by_id.get(index) != token:
+            raise ConfigError(
+                f"teacher {teacher_name!r} and the student disagree on token id {index}: {token!r} for the student, "
+                f"{by_id.get(index)!r} for the teacher; choose a teacher with the student's tokenizer"
+            )
+    raise ConfigError(
+        f"teacher {teacher_name!r} has {len(theirs) - len(ours)} tokens that the student lacks; "
+        "choose a teacher with the student's tokenizer"
+    )
+
+
+def model_hash(name: str) -> str:
+    """Digest of a model directory's weights, or the name itself for a hub id (for provenance)."""
+    path = Path(resolve_model(name))
+    if not path.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _first_line(exc: Exception) -> str:
+    lines = str(exc).strip().splitlines()
+    return lines[0] if lines else type(exc).__name__

@@ -1,0 +1,26 @@
+"""Length-sorted buckets under a token budget: how sequences share a forward pass, for the student and the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agentopd.objective.streams import Batch
+
+
+def bucket_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group indices so that rows x longest row stays within ``max_tokens``; a longer row gets a bucket of its own.
+
+    Shortest first, ties in order, so the grouping is deterministic. Every index appears exactly once.
+    """
+    buckets: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if buckets and (len(buckets[-1]) + 1) * lengths[index] <= max_tokens:
+            buckets[-1].append(index)
+        else:
+            buckets.append([index])
+    return buckets
+
+
+def split_micro_batches(batch: Batch, max_tokens: int) -> list[Batch]:
+    """Cut a batch into micro-batches of at most ``max_tokens`` padded tokens; a row is never split."""
+    return [batch.select_rows(rows) for rows in bucket_by_length(batch.lengths_B.tolist(), max_tokens)]

@@ -1,0 +1,5 @@
+"""The report of a run: one self-contained HTML file; and the same for a retention matrix alone."""
+
+from agentopd.report.page import build_report, write_retention_page
+
+__all__ = ["build_report", "write_retention_page"]

@@ -1,0 +1,162 @@
+"""Read a run directory into one record, finished or not, and say what is missing."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from agentopd.errors import UserError
+from agentopd.evaluation.metrics import EvalResult
+from agentopd.evaluation.retention import RetentionMatrix, retention_matrix
+from agentopd.tracking import KeptEpisode, Provenance, RunDirectory, read_jsonl
+
+TEACHER = "teacher"  # eval/teacher*.json is the teacher's own score, not a stage of the run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One evaluation of the student, and the name it goes by."""
+
+    name: str
+    result: EvalResult
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything the report shows. ``rows`` are the lines of ``metrics.jsonl``, by step."""
+
+    name: str
+    config: dict[str, Any]
+    provenance: Provenance | None
+    rows: list[dict[str, Any]]
+    stages: list[Stage]
+    teacher: EvalResult | None
+    episodes: list[KeptEpisode]
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role ("new" or "old") by skill, in the order of the suite."""
+        skills = _table(self.config, "suite").get("skills", [])
+        named = [skill for skill in skills if isinstance(skill, dict) and "name" in skill]
+        return {str(skill["name"]): str(skill.get("role", "new")) for skill in named}
+
+    @property
+    def skills(self) -> list[str]:
+        """Every skill the run knows of: those of the suite first."""
+        evaluated = (name for stage in self.stages for name in stage.result.tasks)
+        return list(dict.fromkeys([*self.roles, *evaluated, *(kept.skill for kept in self.episodes)]))
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps the config asks for."""
+        steps = _table(self.config, "train").get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def done_steps(self) -> int:
+        """The last step that left metrics."""
+        return max((int(row.get("step", 0)) for row in self.rows), default=0)
+
+    @property
+    def base(self) -> Stage | None:
+        """The evaluation before training."""
+        return self.stages[0] if self.stages and not self.stages[0].result.step else None
+
+    @property
+    def latest(self) -> Stage | None:
+        """The last evaluation after some training."""
+        return self.stages[-1] if self.stages and self.stages[-1].result.step else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last planned step was evaluated."""
+        return self.latest is not None and (self.latest.result.step or 0) >= (self.planned_steps or 0)
+
+    def retention(self) -> RetentionMatrix | None:
+        """R[stage, skill], or None. New skills count as learned at the last stage, old ones at the first."""
+        if not self.stages:
+            return None
+        last = len(self.stages) - 1
+        learned = {skill: last for skill, role in self.roles.items() if role == "new"}
+        results = [stage.result for stage in self.stages]
+        return retention_matrix(results, [stage.name for stage in self.stages], learned, self.teacher)
+
+    def missing(self) -> list[str]:
+        """What a reader would look for and not find, and why."""
+        notes = []
+        if not self.rows:
+            notes.append("No step was logged: the run stopped before its first update, or is still at it.")
+        if self.base is None:
+            notes.append("There is no evaluation from before training, so nothing can be called an improvement.")
+        if not self.finished:
+            planned = f" of {self.planned_steps}" if self.planned_steps else ""
+            latest = f"the latest is {self.latest.name}" if self.latest else "there is none after training yet"
+            notes.append(
+                f"The run is at step {self.done_steps}{planned} and its final evaluation is missing; {latest}. "
+                "`agentopd resume` continues it."
+            )
+        if self.teacher is None and self.stages:
+            notes.append("The teacher was not evaluated, so the share of its lead that was closed is unknown.")
+        if not self.episodes:
+            notes.append("No episode was kept (tracking.episodes_per_step).")
+        return notes
+
+
+def collect(path: Path) -> RunData:
+    """Read the run at ``path``. Raises ``UserError`` where there is none, or a file of it cannot be read."""
+    run = RunDirectory.open(path)
+    stages, teacher = _evaluations(run.eval)
+    return RunData(
+        name=path.resolve().name,
+        config=_config(run.config),
+        provenance=_record(run.provenance, Provenance) if run.provenance.is_file() else None,
+        rows=sorted(read_jsonl(run.metrics), key=lambda row: int(row.get("step", 0))),
+        stages=stages,
+        teacher=teacher,
+        episodes=list(run.kept_episodes()),
+    )
+
+
+def _evaluations(folder: Path) -> tuple[list[Stage], EvalResult | None]:
+    """Stages by step (one per step: "final" wins over "step_N"), and the teachers' scores merged into one result."""
+    stages: dict[int, Stage] = {}
+    teachers: list[EvalResult] = []
+    for file in sorted(folder.glob("*.json"), key=lambda file: (file.stem == "final", file.stem)):
+        result = _record(file, EvalResult)
+        if file.stem.startswith(TEACHER):
+            teachers.append(result)
+        else:
+            stages[result.step or 0] = Stage(_stage_name(file.stem), result)
+    merged = {name: score for teacher in teachers for name, score in teacher.tasks.items()}
+    teacher = teachers[0].model_copy(update={"tasks": merged}) if teachers else None
+    return [stages[step] for step in sorted(stages)], teacher
+
+
+def _stage_name(stem: str) -> str:
+    head, _, number = stem.rpartition("_")
+    return f"{head} {int(number)}" if head == "step" and number.isdigit() else stem
+
+
+def _record(file: Path, kind: type[Any]) -> Any:
+    try:
+        return kind.model_validate_json(file.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as exc:
+        reason = exc.errors()[0]["msg"] if isinstance(exc, ValidationError) else str(exc)
+        raise UserError(f"{file}: not a {kind.__name__}: {reason}; mend the file or delete it") from None
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise UserError(f"{file}: not valid TOML: {exc}") from None
+
+
+def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,67 @@
+"""Judging stored episodes again: verdicts must not depend on anything but the episode, the task and the verifier."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from agentopd.build import Judge, Skill, build_sandbox
+from agentopd.config.run import SandboxConfig, SkillConfig
+from agentopd.errors import UserError
+from agentopd.registry import environments
+from agentopd.tracking import KeptEpisode, read_jsonl
+
+
+@dataclass(frozen=True)
+class Rejudged:
+    """A stored verdict beside a fresh one, each as ``status outcome reward``."""
+
+    episode_id: str
+    stored: str
+    now: str
+
+    @property
+    def differs(self) -> bool:
+        """Whether the two disagree."""
+        return self.stored != self.now
+
+
+async def rejudge(path: Path) -> list[Rejudged]:
+    """Judge every kept episode of a JSONL file, or of all files in a folder. Raises ``UserError`` on bad lines."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    kept = [_parse(file, row) for file in files for row in read_jsonl(file)]
+    if not kept:
+        raise UserError(f"{str(path)!r} holds no kept episode: give a JSONL file, or a run's episodes folder")
+    names = sorted({(item.skill, item.episode.env) for item in kept})
+    skills = [Skill(SkillConfig(name=skill, env=env), environments.get(env)) for skill, env in names]
+    judge = Judge(skills, build_sandbox(SandboxConfig()))
+    gate = asyncio.Semaphore(64)
+
+    async def one(item: KeptEpisode) -> Rejudged:
+        assert item.task is not None  # _parse refuses lines without one
+        async with gate:
+            now = await judge(item.task, item.episode)
+        stored = item.verdict
+        return Rejudged(
+            item.episode.id,
+            f"{stored.status} {stored.outcome} {stored.reward}",
+            f"{now.status} {now.outcome} {now.reward}",
+        )
+
+    try:
+        return list(await asyncio.gather(*(one(item) for item in kept)))
+    finally:
+        await judge.sandbox.aclose()
+
+
+def _parse(file: Path, row: dict[str, object]) -> KeptEpisode:
+    try:
+        item = KeptEpisode.model_validate(row)
+    except ValidationError as exc:
+        raise UserError(f"{file}: not a kept episode: {exc.errors()[0]['msg']}") from None
+    if item.task is None:
+        raise UserError(f"{file}: episode {item.episode.id!r} was stored without its task and cannot be judged again")
+    return item

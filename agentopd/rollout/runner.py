@@ -1,0 +1,178 @@
+"""Many episodes at once: one coroutine each, and a barrier that turns their requests into one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TypeVar
+
+from agentopd.contracts import Engine, Generation, GenerationRequest, SamplingParams
+from agentopd.errors import EngineError
+from agentopd.rendering.templates import ChatRenderer
+from agentopd.rollout.episode import Act, EpisodeRun, EpisodeSpec, RolloutOptions
+from agentopd.types import Episode, Message, ToolSchema
+
+T = TypeVar("T")
+_DEFAULTS = RolloutOptions()
+
+
+async def run_episodes(
+    specs: Sequence[EpisodeSpec], engine: Engine, renderer: ChatRenderer, options: RolloutOptions = _DEFAULTS
+) -> list[Episode]:
+    """Play every episode with the student; finished records in the order of ``specs``.
+
+    Under one set of weights the tokens depend on the specs alone (an engine with ``lockstep``; others as far as their
+    batching repeats). Raises ``EngineError`` when the engine fails; environment faults are episodes, not exceptions.
+    """
+
+    async def keep(spec: EpisodeSpec, episode: Episode) -> Episode:
+        return episode
+
+    return await stream_episodes(specs, engine, renderer, keep, options)
+
+
+async def stream_episodes(
+    specs: Sequence[EpisodeSpec],
+    engine: Engine,
+    renderer: ChatRenderer,
+    on_finished: Callable[[EpisodeSpec, Episode], Awaitable[T]],
+    options: RolloutOptions = _DEFAULTS,
+) -> list[T]:
+    """Like ``run_episodes``, handing each episode to ``on_finished`` as soon as it ends, while others still sample.
+
+    Returns what ``on_finished`` returned, in the order of ``specs``. An exception there or in the engine cancels the
+    rest and is raised; every environment is closed first.
+    """
+    source: _Lockstep | _Direct = _Lockstep(engine, len(specs)) if engine.lockstep else _Direct(engine)
+
+    async def one(index: int, spec: EpisodeSpec) -> T:
+        try:
+            episode = await EpisodeRun(spec, _Student(index, spec, source, renderer, options), options).play()
+        finally:
+            source.leave(index)
+        return await on_finished(spec, episode)
+
+    try:
+        return await _all_or_nothing([one(index, spec) for index, spec in enumerate(specs)])
+    finally:
+        await source.drain()
+
+
+class _Student:
+    """The actor that samples its turns from the engine."""
+
+    def __init__(
+        self,
+        index: int,
+        spec: EpisodeSpec,
+        source: _Lockstep | _Direct,
+        renderer: ChatRenderer,
+        options: RolloutOptions,
+    ) -> None:
+        self.codec = renderer.codec
+        self.max_context = source.engine.max_context
+        self._index, self._seed, self._source, self._renderer, self._options = (
+            index,
+            spec.seed,
+            source,
+            renderer,
+            options,
+        )
+
+    def open(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> list[int]:
+        return self._renderer.open(messages, tools)
+
+    def observe(self, messages: Sequence[Message]) -> list[int]:
+        return self._renderer.observe(messages)
+
+    async def act(self, turn: int, token_ids: Sequence[int], room: int) -> Act:
+        params = SamplingParams(self._options.temperature, self._options.top_p, room, self._renderer.end_of_turn_ids)
+        request = GenerationRequest(tuple(token_ids), params, turn_seed(self._seed, turn))
+        made = await self._source.generate(self._index, request)
+        text = self._renderer.decode_turn(made.token_ids)
+        stopped = made.finish_reason == "stop"
+        return Act(text, made.token_ids, made.logprobs, "stop" if stopped else "length", made.weight_version)
+
+
+class _Direct:
+    """Every request goes to the engine on its own; the engine batches."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def generate(self, index: int, request: GenerationRequest) -> Generation:
+        return (await self.engine.generate([request]))[0]
+
+    def leave(self, index: int) -> None:
+        pass
+
+    async def drain(self) -> None:
+        pass
+
+
+class _Lockstep:
+    """A barrier: the engine is called once every live episode has asked, with the requests in episode order.
+
+    Who asks first does not matter, so batches, and with them the sampled tokens, repeat exactly.
+    """
+
+    def __init__(self, engine: Engine, members: int) -> None:
+        self.engine = engine
+        self._live = set(range(members))
+        self._waiting: dict[int, tuple[GenerationRequest, asyncio.Future[Generation]]] = {}
+        self._call: asyncio.Task[None] | None = None
+
+    async def generate(self, index: int, request: GenerationRequest) -> Generation:
+        future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+        self._waiting[index] = (request, future)
+        self._maybe_call()
+        return await future
+
+    async def drain(self) -> None:
+        """Wait for a call that outlived its episodes: weights must not change under it."""
+        if self._call is not None:
+            await self._call
+
+    def leave(self, index: int) -> None:
+        self._live.discard(index)
+        self._waiting.pop(index, None)
+        self._maybe_call()
+
+    def _maybe_call(self) -> None:
+        if self._live and len(self._waiting) == len(self._live):
+            batch = [self._waiting[index] for index in sorted(self._waiting)]
+            self._waiting = {}
+            self._call = asyncio.get_running_loop().create_task(self._generate(batch))
+
+    async def _generate(self, batch: list[tuple[GenerationRequest, asyncio.Future[Generation]]]) -> None:
+        batch = [(request, future) for request, future in batch if not future.cancelled()]
+        try:
+            made = await self.engine.generate([request for request, _ in batch]) if batch else []
+            if len(made) != len(batch):
+                raise EngineError(f"the engine returned {len(made)} generations for {len(batch)} requests")
+        except Exception as exc:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(exc)
+            return
+        for (_, future), generation in zip(batch, made, strict=True):
+            if not future.done():
+                future.set_result(generation)
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """The sampling seed of one turn: a 64-bit hash, so that neighbouring episodes and turns share nothing."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{turn}".encode(), digest_size=8).digest(), "big")
+
+
+async def _all_or_nothing(coroutines: Sequence[Coroutine[None, None, T]]) -> list[T]:
+    """Results in order; the first exception cancels the others, waits for them to clean up, and is raised as it is."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -1,0 +1,84 @@
+"""Verdicts and teacher evidence for finished episodes.
+
+A fault of the machinery (sandbox, judge, environment) becomes a verdict without an outcome, which the batch gives no
+weight; it is never a score.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from agentopd.contracts import Evidence, Sandbox, ScoredEpisode, Teacher, Verifier
+from agentopd.errors import InfraError, SandboxError, TaskError, TeacherError, boundary
+from agentopd.types import Episode, StopReason, Task, Verdict, VerdictStatus
+
+_ATTEMPTS = 2
+"""A sandbox fault is retried once, on a fresh worker, before the verdict is given up."""
+
+
+async def judge(task: Task, episode: Episode, verifier: Verifier, sandbox: Sandbox | None) -> Verdict:
+    """The verdict on one episode; machinery faults come back as ``infra_error``, broken tasks as ``task_error``."""
+    if episode.stop_reason is StopReason.ENV_ERROR:
+        return Verdict.unjudged(VerdictStatus.INFRA_ERROR, episode.error, verifier=verifier.name)
+    fault = ""
+    for _ in range(_ATTEMPTS):
+        try:
+            with boundary(InfraError, f"verifier {verifier.name!r} on task {task.id!r}"):
+                return await verifier.verify(task, episode, sandbox)
+        except TaskError as exc:
+            return Verdict.unjudged(VerdictStatus.TASK_ERROR, str(exc), verifier=verifier.name)
+        except SandboxError as exc:
+            fault = str(exc)
+        except InfraError as exc:
+            return Verdict.unjudged(VerdictStatus.INFRA_ERROR, str(exc), verifier=verifier.name)
+    return Verdict.unjudged(VerdictStatus.INFRA_ERROR, fault, verifier=verifier.name)
+
+
+async def gather_evidence(
+    episodes: Sequence[Episode], routes: Mapping[str, str], teachers: Mapping[str, Teacher], top_k: int
+) -> list[Evidence | None]:
+    """Evidence for each episode from the teacher its skill is routed to (``routes``: skill to teacher key).
+
+    Episodes without a sampled token, and those an environment fault ended, get None.
+    """
+    by_teacher: dict[str, list[int]] = defaultdict(list)
+    for index, episode in enumerate(episodes):
+        if episode.num_sampled and episode.stop_reason is not StopReason.ENV_ERROR:
+            by_teacher[routes[episode.skill]].append(index)
+    results: list[Evidence | None] = [None] * len(episodes)
+
+    async def ask(key: str, indices: list[int]) -> None:
+        with boundary(TeacherError, f"teacher {key!r}"):
+            answers = await teachers[key].score([episodes[i] for i in indices], top_k)
+        for index, answer in zip(indices, answers, strict=True):
+            results[index] = answer
+
+    await asyncio.gather(*(ask(key, indices) for key, indices in sorted(by_teacher.items())))
+    return results
+
+
+async def add_reference(
+    episodes: Sequence[Episode], evidence: Sequence[Evidence | None], reference: Teacher
+) -> list[Evidence | None]:
+    """Put the frozen reference's log-probs of the sampled ids beside the teacher's evidence."""
+    indices = [i for i, item in enumerate(evidence) if item is not None]
+    answers = await reference.score([episodes[i] for i in indices], 0)
+    results = list(evidence)
+    for index, answer in zip(indices, answers, strict=True):
+        item = evidence[index]
+        assert item is not None  # by construction of indices
+        results[index] = replace(item, ref_logprobs=answer.teacher_logprobs)
+    return results
+
+
+def assemble(
+    episodes: Sequence[Episode], verdicts: Sequence[Verdict], evidence: Sequence[Evidence | None], old: frozenset[str]
+) -> list[ScoredEpisode]:
+    """Zip the three into scored episodes; ``old`` names the replayed skills."""
+    return [
+        ScoredEpisode(episode, verdict, item, replay=episode.skill in old)
+        for episode, verdict, item in zip(episodes, verdicts, evidence, strict=True)
+    ]

@@ -1,0 +1,45 @@
+"""What the episodes of one step say, as numbers keyed by skill name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from agentopd.learner import runtime
+from agentopd.types import Episode, Verdict
+
+
+def step_metrics(judged: Sequence[tuple[Episode, Verdict]]) -> dict[str, float]:
+    """Per skill: success, reward, sampled tokens, turns, truncation, malformed calls, unjudged; over all ranks.
+
+    Success and reward average over judged episodes only; a skill with none has neither.
+    """
+    rows = [_row(episode, verdict) for episode, verdict in judged]
+    by_skill: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for part in runtime.gather_objects(rows):
+        for skill, row in part:
+            by_skill[skill].append(row)
+    metrics: dict[str, float] = {}
+    for skill, found in sorted(by_skill.items()):
+        for key in ("success", "reward", "tokens", "turns", "truncated", "malformed"):
+            values = [row[key] for row in found if key in row]
+            if values:
+                metrics[f"{skill}/{key}"] = sum(values) / len(values)
+        metrics[f"{skill}/infra_errors"] = sum("success" not in row for row in found)
+        metrics[f"{skill}/episodes"] = len(found)
+    every = [row for found in by_skill.values() for row in found]
+    metrics["rollout/episodes"] = len(every)
+    metrics["rollout/tokens"] = sum(row["tokens"] for row in every)
+    return metrics
+
+
+def _row(episode: Episode, verdict: Verdict) -> tuple[str, dict[str, float]]:
+    row: dict[str, float] = {
+        "tokens": episode.num_sampled,
+        "turns": len(episode.turns),
+        "truncated": float(episode.stop_reason.truncated),
+        "malformed": sum(len(turn.malformed) for turn in episode.turns),
+    }
+    if verdict.outcome is not None and verdict.reward is not None:
+        row |= {"success": verdict.outcome, "reward": verdict.reward}
+    return episode.skill, row

@@ -1,0 +1,1 @@
+"""Teachers: they score the very tokens the student wrote."""

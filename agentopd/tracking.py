@@ -1,0 +1,316 @@
+"""What a run leaves behind: its directory, its metrics, its kept episodes. Every write is atomic or append-only.
+
+RUN/
+  config.toml       the resolved config
+  provenance.json   seed, model hashes, and one entry per session (first start and every resume)
+  metrics.jsonl     one object per step: {"step": 3, "math/success": 0.5, ...}; null is a non-finite number
+  episodes/         step_000003.jsonl, one KeptEpisode a line
+  eval/             <stage>.json, one EvalResult each
+  checkpoints/      the checkpoint layer's
+  report.html
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import Field, ValidationError, model_validator
+
+from agentopd.errors import UserError
+from agentopd.types import Episode, Record, Task, Verdict, VersionedRecord
+
+PACKAGES = ("agentopd", "torch", "transformers", "deepspeed", "numpy", "tokenizers", "pydantic", "vllm")
+_STEP_FILE = re.compile(r"step_(\d+)\.jsonl$")
+
+
+class KeptEpisode(VersionedRecord):
+    """An episode kept for a reader, with the evidence behind every token.
+
+    ``tokens`` holds one decoded string per entry of ``episode.token_ids``. The other streams have one entry per
+    *sampled* token (``loss_mask == 1``), in order, or are empty where they do not apply.
+    """
+
+    step: int
+    skill: str
+    replay: bool = False
+    episode: Episode
+    verdict: Verdict
+    task: Task | None = None
+    """The full task, so that the episode can be judged again from this record alone."""
+    tokens: tuple[str, ...]
+    teacher_logprobs: tuple[float, ...] = ()
+    old_logprobs: tuple[float, ...] = ()
+    """The learner's, at temperature 1; the inspector falls back to the episode's ``rollout_logprobs``."""
+    weights: tuple[float, ...] = ()
+    """Weight of the teacher term on each token; 0 where it is masked."""
+    mask_reasons: tuple[str, ...] = ()
+    """Why a token is out of the teacher term ("special", "truncated", ...), "" where it is in."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> KeptEpisode:
+        total, sampled = len(self.episode.token_ids), self.episode.num_sampled
+        if len(self.tokens) != total:
+            raise ValueError(f"{len(self.tokens)} token strings for {total} token ids")
+        for name in ("teacher_logprobs", "old_logprobs", "weights", "mask_reasons"):
+            stream = getattr(self, name)
+            if stream and len(stream) != sampled:
+                raise ValueError(f"{name} has {len(stream)} entries for {sampled} sampled tokens")
+            if not all(isinstance(value, str) or math.isfinite(value) for value in stream):
+                raise ValueError(f"{name} holds a number that is not finite")
+        return self
+
+
+class Session(Record):
+    """One process that worked on the run: when, with what command, on which software."""
+
+    started: str
+    command: tuple[str, ...]
+    from_step: int
+    python: str
+    platform: str
+    packages: dict[str, str]
+
+    @classmethod
+    def now(cls, command: Sequence[str], from_step: int = 0) -> Session:
+        """A session of the running interpreter; packages that are not installed are left out."""
+        return cls(
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=tuple(command),
+            from_step=from_step,
+            python=platform.python_version(),
+            platform=platform.platform(),
+            packages={name: version for name in PACKAGES if (version := _version(name))},
+        )
+
+
+class Provenance(VersionedRecord):
+    """Enough to say where a run's numbers come from. ``models`` maps a role (student, teacher:default) to a hash."""
+
+    seed: int
+    models: dict[str, str] = Field(default_factory=dict)
+    sessions: tuple[Session, ...] = ()
+
+
+class RunDirectory:
+    """The files of one run. Make one with ``create`` or ``open``."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.toml"
+        self.provenance = path / "provenance.json"
+        self.metrics = path / "metrics.jsonl"
+        self.episodes = path / "episodes"
+        self.eval = path / "eval"
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report.html"
+
+    @classmethod
+    def create(cls, path: str | Path, config_toml: str, provenance: Provenance) -> RunDirectory:
+        """Start a run in a new or empty directory. Raises ``UserError`` if it holds files or cannot be written."""
+        run = cls(Path(path))
+        with _user_errors(run.path):
+            if run.path.is_dir() and any(run.path.iterdir()):
+                resume = f"continue it with `agentopd resume {path}`, or " if run.config.is_file() else ""
+                raise UserError(
+                    f"run directory {str(path)!r} already holds files: {resume}"
+                    "choose another with --set run_dir=DIR, or move it away"
+                )
+            for folder in (run.episodes, run.eval, run.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(run.config, config_toml)
+            write_atomic(run.provenance, provenance.model_dump_json(indent=2) + "\n")
+            run.metrics.touch()
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """Open an existing run. Raises ``UserError`` if there is none at ``path``."""
+        run = cls(Path(path))
+        if not run.config.is_file():
+            what = "has no config.toml" if run.path.is_dir() else "does not exist"
+            raise UserError(f"{str(path)!r} {what}: name a run directory that `agentopd train` made")
+        return run
+
+    def resume(self, session: Session) -> None:
+        """Make the files agree with a run that is at ``session.from_step``, and record the session.
+
+        Metrics, episodes and evaluations of later steps are dropped, and so is a last metrics line torn by a crash:
+        those steps will be written again.
+        """
+        with _user_errors(self.path):
+            kept = [row for row in read_jsonl(self.metrics) if row.get("step", 0) <= session.from_step]
+            write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            for step, file in self.episode_files():
+                if step > session.from_step:
+                    file.unlink()
+            for file in self.eval.glob("*.json"):
+                if (json.loads(file.read_text()).get("step") or 0) > session.from_step:
+                    file.unlink()
+            old = Provenance.model_validate_json(self.provenance.read_text())
+            new = old.model_copy(update={"sessions": (*old.sessions, session)})
+            write_atomic(self.provenance, new.model_dump_json(indent=2) + "\n")
+
+    def save_eval(self, stage: str, result: Record) -> Path:
+        """Write one evaluation as ``eval/<stage>.json`` ("base", "step_000050", "final", "teacher")."""
+        path = self.eval / f"{stage}.json"
+        with _user_errors(self.path):
+            write_atomic(path, result.model_dump_json(indent=1) + "\n")
+        return path
+
+    def keep_episodes(self, step: int, episodes: Sequence[KeptEpisode]) -> None:
+        """Write the episodes kept of one step, replacing any written before for that step."""
+        if episodes:
+            lines = "".join(episode.model_dump_json() + "\n" for episode in episodes)
+            with _user_errors(self.path):
+                write_atomic(self.episodes / f"step_{step:06d}.jsonl", lines)
+
+    def kept_episodes(self) -> Iterator[KeptEpisode]:
+        """Every kept episode, by step. Raises ``UserError`` on a line that is not one."""
+        for _, file in self.episode_files():
+            for number, row in enumerate(read_jsonl(file), start=1):
+                try:
+                    yield KeptEpisode.model_validate(row)
+                except ValidationError as exc:
+                    raise UserError(f"{file}, line {number}: not a kept episode: {exc.errors()[0]['msg']}") from None
+
+    def episode_files(self) -> list[tuple[int, Path]]:
+        """The episode files with their steps, in order."""
+        matches = ((_STEP_FILE.search(file.name), file) for file in self.episodes.glob("step_*.jsonl"))
+        return sorted((int(match[1]), file) for match, file in matches if match)
+
+
+class Tracker(Protocol):
+    """Where numbers go, once per step."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one optimiser step."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release; idempotent."""
+        ...
+
+
+class JsonlTracker:
+    """Appends one JSON object per step and flushes it, so a crash costs at most a torn last line."""
+
+    def __init__(self, path: Path):
+        with _user_errors(path.parent):
+            self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the step; numbers that are not finite become null."""
+        row = {key: float(value) if math.isfinite(value) else None for key, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardTracker:
+    """Scalars for TensorBoard, under ``RUN/tensorboard``. Raises ``UserError`` if it is not installed."""
+
+    def __init__(self, run: RunDirectory, from_step: int = 0):
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # heavy, and optional
+        except ImportError:
+            raise UserError(
+                "tracking.tensorboard = true, but TensorBoard is not installed: "
+                "`pip install tensorboard`, or set tracking.tensorboard = false"
+            ) from None
+        self._writer = SummaryWriter(run.path / "tensorboard", purge_step=from_step + 1 if from_step else None)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add every metric as a scalar."""
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class Trackers:
+    """Several trackers behind one."""
+
+    def __init__(self, *trackers: Tracker):
+        self._trackers = trackers
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log to each."""
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def close(self) -> None:
+        """Close each."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def open_tracker(run: RunDirectory, tensorboard: bool = False, from_step: int = 0) -> Tracker:
+    """The run's tracker: ``metrics.jsonl``, and TensorBoard where asked for. Raises ``UserError``."""
+    extra = (TensorBoardTracker(run, from_step),) if tensorboard else ()
+    return Trackers(JsonlTracker(run.metrics), *extra)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. A torn last line is left out; any other bad line is a ``UserError``."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.split("\n")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or number == len(lines):  # what follows the last newline was never finished
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as exc:
+            raise UserError(f"{path}, line {number}: not JSON ({exc.msg}): mend or delete that line") from None
+    return rows
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader, or a crash, sees the old text or the new, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _user_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        reason = exc.strerror or exc
+        raise UserError(
+            f"cannot write run directory {str(path)!r}: {reason}; choose another with --set run_dir=DIR"
+        ) from exc
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,149 @@
+"""The judge's end of one zygote: start it, send it cases, know when it died."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from agentopd.contracts import SandboxLimits
+from agentopd.errors import SandboxError, boundary
+from agentopd_sandboxes import linux, wire
+from agentopd_sandboxes.protocol import Outcome
+from agentopd_sandboxes.remedies import remedy
+
+START_S = 60.0
+GRACE_S = 30.0
+"""How much longer than the zygote's own deadline the judge waits before it gives the zygote up."""
+REPLY_BYTES = 64 * 1024
+STOP_S = 10.0
+
+_PACKAGE = Path(__file__).resolve().parent
+# A stand-in package keeps the real one's __init__, and with it everything the judge imports, out of the zygote.
+_BOOT = (
+    "import sys, types; package = types.ModuleType('agentopd_sandboxes'); package.__path__ = [sys.argv[1]]; "
+    "sys.modules[package.__name__] = package; from agentopd_sandboxes import zygote; zygote.main()"
+)
+
+
+class ZygoteDied(SandboxError):
+    """The zygote, or the init of a case, ended without a word. Whose fault that was is not known yet."""
+
+
+class Zygote:
+    """A running zygote. One request at a time; after any error it is closed and never used again."""
+
+    def __init__(self) -> None:
+        if linux.MACHINE not in linux.SUPPORTED_MACHINES:
+            raise SandboxError(f"the jail sandbox runs on {', '.join(linux.SUPPORTED_MACHINES)}, not {linux.MACHINE}")
+        self.runs = 0
+        self.capabilities: frozenset[str] = frozenset()
+        self._errors = os.memfd_create("errors")
+        self._socket, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        with inner, boundary(SandboxError, "starting a sandbox worker"):
+            try:
+                self._keeper = self._start_keeper(inner)
+            except BaseException:
+                self._socket.close()
+                os.close(self._errors)
+                raise
+
+    def _start_keeper(self, inner: socket.socket) -> subprocess.Popen[bytes]:
+        interpreter = getattr(sys, "_base_executable", None) or sys.executable
+        arguments = [str(_PACKAGE), str(inner.fileno()), str(os.getpid())]
+        return subprocess.Popen(
+            [interpreter, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, *arguments],
+            stdin=subprocess.PIPE,  # never written to: its end tells the keeper that we are gone
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            pass_fds=(inner.fileno(),),
+            env={"PYTHONHASHSEED": "0"},  # the order of a set of strings is the same in every run
+            cwd="/",
+            start_new_session=True,
+        )
+
+    async def ready(self) -> None:
+        """Wait until it serves; ``SandboxError`` names what to change if it cannot."""
+        try:
+            async with asyncio.timeout(START_S):
+                hello = await self._receive()
+        except (ZygoteDied, TimeoutError):
+            said = os.pread(self._errors, 2000, 0).decode(errors="replace").strip()
+            raise SandboxError(f"a sandbox worker did not start: {said or 'no message'}") from None
+        if "fault" in hello:
+            raise SandboxError(remedy(hello["fault"], hello["errno"]))
+        self.capabilities = frozenset(hello["capabilities"])
+
+    async def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
+        """Run one encoded request in a fresh process.
+
+        Raises ``SandboxError`` if the sandbox could not be set up, ``ZygoteDied`` if it went silent.
+        """
+        self.runs += 1
+        with boundary(SandboxError, "running a case"), ExitStack() as stack:
+            files = [os.memfd_create(name) for name in ("request", "report", "output")]
+            for file in files:
+                stack.callback(os.close, file)
+            _write_all(files[0], request)
+            reply = await self._ask(limits, files)
+            return Outcome(
+                status=reply.get("status"),
+                killed=reply.get("killed", ""),
+                cpu_s=reply.get("cpu_s", 0.0),
+                wall_ms=reply["wall_ms"],
+                report=os.pread(files[1], wire.MAX_FRAME_BYTES + 1, 0),
+                output=os.pread(files[2], limits.output_bytes + 1, 0),
+            )
+
+    async def _ask(self, limits: SandboxLimits, files: list[int]) -> dict[str, Any]:
+        try:
+            socket.send_fds(self._socket, [json.dumps(asdict(limits)).encode()], files)
+            async with asyncio.timeout(limits.wall_s + GRACE_S):
+                reply = await self._receive()
+        except OSError as exc:  # a TimeoutError is one
+            raise ZygoteDied("a sandbox worker does not answer") from exc
+        if reply.get("vanished"):
+            raise ZygoteDied("the init of a case was killed from outside")
+        if "fault" in reply:
+            raise SandboxError(f"the sandbox could not set up a case: {reply['fault']}")
+        return reply
+
+    async def _receive(self) -> dict[str, Any]:
+        try:
+            message = await asyncio.get_running_loop().sock_recv(self._socket, REPLY_BYTES)
+        except ConnectionError:
+            message = b""
+        if not message:
+            raise ZygoteDied("a sandbox worker ended")
+        decoded: dict[str, Any] = json.loads(message)
+        return decoded
+
+    def hang_up(self) -> None:
+        """Tell the keeper to kill everything; returns at once. Idempotent."""
+        if self._keeper.stdin and not self._keeper.stdin.closed:
+            self._keeper.stdin.close()
+            self._socket.close()
+            os.close(self._errors)
+
+    def close(self) -> None:
+        """Kill everything and wait until it is gone, some milliseconds. Idempotent."""
+        self.hang_up()
+        try:
+            self._keeper.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._keeper.kill()
+            self._keeper.wait()
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]

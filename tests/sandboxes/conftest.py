@@ -1,0 +1,50 @@
+"""A jail shared by the tests of this folder, behind a plain function."""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from agentopd.contracts import Case, CaseResult, Program, SandboxLimits
+from agentopd.errors import SandboxError
+from agentopd_sandboxes import JailSandbox
+
+Run = Callable[..., CaseResult]
+
+
+@pytest.fixture(scope="session")
+def jail_works() -> None:
+    """Skip where the kernel refuses, unless ``AGENTOPD_REQUIRE_JAIL`` says that it must not."""
+
+    async def attempt() -> None:
+        sandbox = JailSandbox(workers=1)
+        try:
+            await sandbox.start()
+        finally:
+            await sandbox.aclose()
+
+    try:
+        asyncio.run(attempt())
+    except SandboxError as exc:
+        if os.environ.get("AGENTOPD_REQUIRE_JAIL"):
+            raise
+        pytest.skip(str(exc))
+
+
+@pytest.fixture(scope="module")
+def run(jail_works: None) -> Iterator[Run]:
+    """``run(source, expression, limits=None, **fields of Case)`` -> the one result."""
+    loop = asyncio.new_event_loop()
+    sandbox = JailSandbox(workers=2)
+
+    def one(source: str, expression: str = "f()", limits: SandboxLimits | None = None, **case: Any) -> CaseResult:
+        files = case.pop("files", {})
+        cases = [Case("case", expression, **case)]
+        (result,) = loop.run_until_complete(sandbox.run_cases(Program(source, files), cases, limits))
+        return result
+
+    yield one
+    loop.run_until_complete(sandbox.aclose())
+    loop.close()

@@ -1,0 +1,133 @@
+"""The local teacher scores exactly the tokens the student sampled."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from agentopd.contracts import Teacher
+from agentopd.errors import TeacherError
+from agentopd.teachers.local import LocalTeacher, load_local_teacher, score_logprobs
+from agentopd.types import Episode, StopReason, Turn
+
+VOCAB = 64
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+    )
+    return Qwen3ForCausalLM(config).eval().requires_grad_(False)
+
+
+def episode(seed, sizes=(4, 3), vocab=VOCAB):
+    rng = np.random.default_rng(seed)
+    draw = lambda n: tuple(int(x) for x in rng.integers(3, vocab, n))  # noqa: E731
+    return Episode(
+        id=f"e{seed}",
+        task_id="t",
+        task_hash="h",
+        env="toy",
+        split="train",
+        prompt_ids=draw(3 + seed),
+        turns=tuple(Turn(token_ids=draw(n), rollout_logprobs=(-1.0,) * n, observation_ids=draw(2)) for n in sizes),
+        stop_reason=StopReason.COMPLETED,
+    )
+
+
+def score(teacher, episodes, top_k):
+    return asyncio.run(teacher.score(episodes, top_k))
+
+
+def full_logprobs(model, one):
+    logits = model(input_ids=torch.tensor([one.token_ids])).logits[0].log_softmax(-1)
+    at = np.flatnonzero(one.loss_mask)
+    return logits[at - 1], torch.tensor(one.token_ids)[at]
+
+
+def test_evidence_is_the_models_own_distribution_before_each_sampled_token(model):
+    teacher = LocalTeacher("toy", model)
+    assert isinstance(teacher, Teacher)
+    episodes = [episode(seed) for seed in range(4)]
+    for one, found in zip(episodes, score(teacher, episodes, 5), strict=True):
+        logprobs, targets = full_logprobs(model, one)
+        np.testing.assert_allclose(found.teacher_logprobs, logprobs.gather(1, targets[:, None])[:, 0], atol=1e-5)
+        top = logprobs.topk(5)
+        np.testing.assert_array_equal(found.topk_ids, top.indices)
+        np.testing.assert_allclose(found.topk_logprobs, top.values, atol=1e-5)
+        assert (found.topk_ids.dtype, found.topk_logprobs.dtype) == (np.int64, np.float32)
+
+
+def test_batching_changes_nothing_but_rounding(model):
+    episodes = [episode(seed, sizes=(seed + 1,)) for seed in range(6)]
+    together = score(LocalTeacher("toy", model), episodes, 3)
+    apart = score(LocalTeacher("toy", model, batch_tokens=1), episodes, 3)
+    for a, b in zip(together, apart, strict=True):
+        np.testing.assert_allclose(a.teacher_logprobs, b.teacher_logprobs, atol=1e-5)
+        np.testing.assert_array_equal(a.topk_ids, b.topk_ids)
+
+
+def test_k_is_capped_to_the_vocabulary_and_zero_leaves_it_out(model):
+    teacher = LocalTeacher("toy", model)
+    assert teacher.max_top_k == VOCAB
+    (whole,) = score(teacher, [episode(0)], 1000)
+    assert whole.topk_ids.shape == (7, VOCAB)
+    np.testing.assert_allclose(np.exp(whole.topk_logprobs).sum(-1), 1, atol=1e-5)
+    (bare,) = score(teacher, [episode(0)], 0)
+    assert bare.topk_ids is None
+    assert bare.topk_logprobs is None
+
+
+def test_padding_rows_of_the_vocabulary_take_no_mass(model):
+    (found,) = score(LocalTeacher("toy", model, vocab_size=60), [episode(1, vocab=60)], 60)
+    assert found.topk_ids.max() < 60
+    np.testing.assert_allclose(np.exp(found.topk_logprobs).sum(-1), 1, atol=1e-5)
+
+
+def test_an_episode_without_samples_has_empty_evidence(model):
+    found = score(LocalTeacher("toy", model), [episode(0, sizes=()), episode(1)], 4)
+    assert found[0].teacher_logprobs.shape == (0,)
+    assert found[0].topk_ids.shape == (0, 4)
+    assert found[1].teacher_logprobs.shape == (7,)
+
+
+def test_reference_scorer_is_the_same_arithmetic(model):
+    episodes = [episode(seed) for seed in range(2)]
+    for a, b in zip(score_logprobs(model, episodes), score(LocalTeacher("toy", model), episodes, 0), strict=True):
+        np.testing.assert_array_equal(a, b.teacher_logprobs)
+
+
+def test_a_number_that_is_not_finite_is_a_fault(model):
+    broken = Qwen3ForCausalLM(model.config).eval().requires_grad_(False)
+    broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TeacherError, match="non-finite log-prob on episode 'e0'"):
+        score(LocalTeacher("toy", broken), [episode(0)], 4)
+
+
+def test_ids_outside_the_teachers_vocabulary_are_a_fault(model):
+    turn = Turn(token_ids=(VOCAB + 1, 5), rollout_logprobs=(-1.0, -1.0))
+    with pytest.raises(TeacherError, match="toy"):
+        score(LocalTeacher("toy", model), [episode(0).model_copy(update={"turns": (turn,)})], 4)
+
+
+def test_a_saved_model_is_loaded_and_scores_the_same(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = load_local_teacher("toy", tmp_path, dtype=torch.float32)
+    (a,), (b,) = (score(teacher, [episode(2)], 4) for teacher in (loaded, LocalTeacher("toy", model)))
+    np.testing.assert_array_equal(a.teacher_logprobs, b.teacher_logprobs)
+
+
+def test_a_model_that_is_not_there_is_a_fault_that_names_it(tmp_path):
+    with pytest.raises(TeacherError, match="absent"):
+        load_local_teacher("toy", tmp_path / "absent")

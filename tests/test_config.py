@@ -1,0 +1,155 @@
+"""Config: strict, override-able, and clear about what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from agentopd.config import PRESETS, SUMMARIES, dump_toml, load_run_config, load_suite
+from agentopd.errors import ConfigError
+
+MINIMAL = """
+seed = 0
+[teachers.default]
+model = "micro/teacher"
+[[suite.skills]]
+name = "math"
+env = "math"
+role = "old"
+[[suite.skills]]
+name = "repair"
+env = "code_repair"
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_are_filled_in(config_file):
+    config = load_run_config(config_file)
+    assert config.objective.preset == "verifier_calibrated"
+    assert config.objective.router.kind == "calibrated"
+    assert [skill.role for skill in config.suite.skills] == ["old", "new"]
+
+
+def test_a_resolved_config_reads_back_to_itself(config_file, tmp_path):
+    config = load_run_config(config_file, ["objective.preset=opd", "train.steps=7", "objective.stabiliser.cap=none"])
+    again = tmp_path / "again.toml"
+    again.write_text(dump_toml(config))
+    assert load_run_config(again) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_resolves_reads_back_and_is_described(preset, config_file, tmp_path):
+    config = load_run_config(config_file, [f"objective.preset={preset}"])
+    again = tmp_path / "again.toml"
+    again.write_text(dump_toml(config))
+    assert load_run_config(again).objective == config.objective
+    assert SUMMARIES[preset]
+
+
+def test_overrides_reach_nested_keys_and_named_entries(config_file):
+    config = load_run_config(config_file, ["learner.lr=1e-3", "suite.skills.repair.weight=2", "run_dir=runs/x"])
+    assert config.learner.lr == 1e-3
+    assert config.suite.skills[1].weight == 2
+    assert config.run_dir == "runs/x"
+
+
+def test_another_kind_drops_the_presets_settings_of_that_block(config_file):
+    config = load_run_config(config_file, ["objective.divergence.kind=sampled_pg"])
+    assert config.objective.divergence.kind == "sampled_pg"
+
+
+@pytest.mark.parametrize(
+    ("override", "needles"),
+    [
+        ("learner.lrr=1", ["learner", "lrr", "did you mean 'lr'"]),
+        ("train.steps=many", ["train.steps", "many"]),
+        ("train.steps=0", ["train.steps", "0"]),
+        ("objective.preset=opdd", ["opdd", "did you mean 'opd'"]),
+        ("objective.router.beta=1", ["beta"]),
+        ("rollout.engine=sglang", ["rollout.engine", "sglang"]),
+        ("suite.skills.physics.weight=1", ["physics", "math, repair"]),
+        ("suite.skills.repair.teacher=oracle", ["oracle", "default"]),
+        ("nonsense", ["nonsense", "key.subkey=value"]),
+        ("seed.x=1", ["seed", "x"]),
+        ("rollout.group_size=1", ["group_size"]),
+        ("suite.skills.repair.role=old", ["role 'new'"]),
+    ],
+)
+def test_bad_overrides_are_named(config_file, override, needles):
+    message = refusal(config_file, override)
+    for needle in needles:
+        assert needle in message
+
+
+def test_an_inapplicable_key_names_the_kind(config_file):
+    message = refusal(config_file, "objective.divergence.kind=sampled_pg", "objective.divergence.top_k=8")
+    assert "top_k" in message and "sampled_pg" in message
+
+
+def test_missing_and_broken_files(tmp_path):
+    assert "no config file" in refusal(tmp_path / "nowhere.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("seed = = 1")
+    assert "not valid TOML" in refusal(broken)
+    assert "directory" in refusal(tmp_path)
+
+
+def test_an_empty_suite_is_refused(tmp_path):
+    path = tmp_path / "suite.toml"
+    path.write_text('name = "empty"\n')
+    with pytest.raises(ConfigError, match="suite is empty"):
+        load_suite(path)
+
+
+def test_two_skills_of_one_name_are_refused(config_file):
+    config_file.write_text(MINIMAL + '[[suite.skills]]\nname = "math"\nenv = "math"\n')
+    assert "'math'" in refusal(config_file)
+
+
+def test_a_missing_teacher_is_an_error_only_where_one_is_needed(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[[suite.skills]]\nname = "repair"\nenv = "code_repair"\n')
+    assert "[teachers.default]" in refusal(path)
+    assert load_run_config(path, ["objective.preset=grpo"]).teachers == {}
+
+
+def test_replay_defaults_to_off_without_old_skills_but_is_never_ignored(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[[suite.skills]]\nname = "repair"\nenv = "code_repair"\n[teachers.default]\nmodel = "t"\n')
+    assert load_run_config(path).replay.share == 0
+    assert "role 'old'" in refusal(path, "replay.share=0.3")
+
+
+def test_the_suite_file_is_found_beside_the_config(tmp_path):
+    (tmp_path / "suite.toml").write_text('[[skills]]\nname = "repair"\nenv = "code_repair"\n')
+    path = tmp_path / "run.toml"
+    path.write_text('suite = "suite.toml"\n[teachers.default]\nmodel = "t"\n')
+    assert load_run_config(path).suite.skills[0].name == "repair"
+    path.write_text('suite = "missing.toml"\n')
+    assert "no suite file" in refusal(path)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.toml")), ids=str)
+def test_shipped_run_configs_load(path):
+    if path.name == "micro.toml":
+        pytest.skip("a recipe of `agentopd micro build`, not a run")
+    assert load_run_config(path).suite.skills
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.parent.joinpath("configs/suites").glob("*.toml")), ids=str
+)
+def test_shipped_suites_load(path):
+    assert load_suite(path).skills

@@ -1,0 +1,96 @@
+"""Batches: exact shares, reproducible draws, replay that follows forgetting."""
+
+import pytest
+
+from agentopd.config.run import ReplayConfig, SkillConfig
+from agentopd.errors import ConfigError
+from agentopd.mixture import Mixture, ReplayScores, TaskStream, replay_weights
+from agentopd.types import Task
+
+
+def source(name: str, size: int | None):
+    class Env:
+        @classmethod
+        def load_tasks(cls, split, source, limit, seed):
+            number = 0
+            while size is None or number < size:
+                if limit is not None and number >= limit:
+                    return
+                yield Task(id=f"{name}-{number}", env=name, prompt=())
+                number += 1
+
+    return Env
+
+
+def skill(name: str, role: str = "new", **kwargs) -> SkillConfig:
+    return SkillConfig(name=name, env=name, role=role, **kwargs)
+
+
+def mixture(share: float = 0.25, policy: str = "forgetting") -> Mixture:
+    skills = [skill("math", "old"), skill("logic", "old"), skill("repair"), skill("store", weight=2.0)]
+    streams = {item.name: TaskStream(source(item.name, None), item, seed=0) for item in skills}
+    return Mixture(streams, skills, ReplayConfig(share=share, policy=policy))
+
+
+def counts(drawn) -> dict[str, int]:
+    return {name: sum(item.skill == name for item in drawn) for name in ("math", "logic", "repair", "store")}
+
+
+@pytest.mark.parametrize("num", [4, 7, 48])
+def test_every_batch_is_within_one_prompt_of_its_shares(num):
+    mix = mixture()
+    for _ in range(20):
+        drawn = mix.draw(num)
+        assert len(drawn) == num
+        assert abs(sum(item.replay for item in drawn) - 0.25 * num) <= 1
+        assert all(item.replay == (item.skill in ("math", "logic")) for item in drawn)
+
+
+def test_long_run_shares_are_exact():
+    mix = mixture()
+    total = counts([item for _ in range(40) for item in mix.draw(6)])
+    assert total == {"math": 30, "logic": 30, "repair": 60, "store": 120}
+
+
+def test_a_lost_skill_is_replayed_more_and_a_kept_one_is_never_dropped():
+    mix = mixture()
+    mix.scores.update({"math": 0.9, "logic": 0.8})
+    mix.scores.update({"math": 0.3, "logic": 0.85})
+    total = counts([item for _ in range(50) for item in mix.draw(16)])
+    assert total["math"] + total["logic"] == 200
+    assert total["math"] == pytest.approx(200 * 0.7 / 0.9, abs=2)
+
+
+def test_replay_weights_follow_the_formula():
+    config = ReplayConfig(floor=0.1)
+    scores = ReplayScores(base={"a": 0.9, "b": 0.9}, current={"a": 0.5, "b": 0.95})
+    assert replay_weights(["a", "b"], config, scores) == pytest.approx({"a": 0.5 / 0.7, "b": 0.2 / 0.7})
+    assert replay_weights(["a", "b"], ReplayConfig(policy="fixed"), scores) == pytest.approx({"a": 0.5, "b": 0.5})
+
+
+def test_a_restored_mixture_draws_the_same_batches():
+    one, two = mixture(), mixture()
+    for _ in range(3):
+        one.draw(5)
+    two.restore(one.state())
+    assert [one.draw(5) for _ in range(4)] == [two.draw(5) for _ in range(4)]
+
+
+def test_a_small_source_is_shuffled_anew_each_epoch_and_seekable():
+    stream = TaskStream(source("rows", 5), skill("rows"), seed=3)
+    first, second = stream.take(5), stream.take(5)
+    assert {task.id for task in first} == {task.id for task in second} == {f"rows-{i}" for i in range(5)}
+    assert first != second
+    stream.seek(5)
+    assert stream.take(5) == second
+
+
+def test_a_large_source_is_streamed_in_order():
+    stream = TaskStream(source("many", None), skill("many"), seed=0)
+    stream.seek(2000)
+    assert [task.id for task in stream.take(2)] == ["many-2000", "many-2001"]
+
+
+def test_an_empty_source_is_named():
+    with pytest.raises(ConfigError, match="skill 'none'"):
+        TaskStream(source("none", 0), skill("none"), seed=0)

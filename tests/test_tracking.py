@@ -1,0 +1,167 @@
+"""The run directory: refuses to overwrite, survives a crash, resumes to exactly a step."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from agentopd.errors import UserError
+from agentopd.tracking import (
+    JsonlTracker,
+    KeptEpisode,
+    Provenance,
+    RunDirectory,
+    Session,
+    TensorBoardTracker,
+    open_tracker,
+    read_jsonl,
+    write_atomic,
+)
+from agentopd.types import Episode, Record, StopReason, Turn, Verdict, VerdictStatus
+
+
+class Stage(Record):
+    """Stands for any record with a step."""
+
+    step: int | None
+
+
+def episode() -> Episode:
+    turn = Turn(token_ids=(5, 6), rollout_logprobs=(-0.1, -0.2), observation_ids=(7,), text="hi")
+    return Episode(
+        id="e", task_id="t", task_hash="h", env="math", split="train", prompt_ids=(1, 2), turns=(turn,),
+        stop_reason=StopReason.COMPLETED,
+    )  # fmt: skip
+
+
+def kept(step: int, **streams) -> KeptEpisode:
+    verdict = Verdict(outcome=1.0, status=VerdictStatus.OK, reward=1.0)
+    tokens = ("a", "b", "h", "i", "c")
+    return KeptEpisode(step=step, skill="math", episode=episode(), verdict=verdict, tokens=tokens, **streams)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory.create(tmp_path / "run", "seed = 0\n", Provenance(seed=0, models={"student": "abc"}))
+
+
+def test_create_lays_out_the_run_and_open_finds_it(run):
+    assert RunDirectory.open(run.path).config.read_text() == "seed = 0\n"
+    assert {path.name for path in run.path.iterdir()} == {
+        "config.toml", "provenance.json", "metrics.jsonl", "episodes", "eval", "checkpoints",
+    }  # fmt: skip
+
+
+def test_an_existing_run_is_not_overwritten(run):
+    with pytest.raises(UserError, match=r"already holds files: continue it with `agentopd resume .*run`"):
+        RunDirectory.create(run.path, "", Provenance(seed=1))
+
+
+def test_other_peoples_files_are_not_mixed_with_a_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="already holds files: choose another with --set run_dir=DIR"):
+        RunDirectory.create(tmp_path, "", Provenance(seed=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_unwritable_place_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write run directory .*file/run.*choose another"):
+        RunDirectory.create(tmp_path / "file" / "run", "", Provenance(seed=1))
+
+
+@pytest.mark.parametrize(("make", "message"), [(False, "does not exist"), (True, "has no config.toml")])
+def test_open_names_what_is_wrong(tmp_path, make, message):
+    if make:
+        (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match=message):
+        RunDirectory.open(tmp_path / "x")
+
+
+def test_metrics_round_trip_and_mark_what_is_not_finite(run):
+    tracker = open_tracker(run)
+    tracker.log(1, {"math/success": 0.5, "loss": float("nan")})
+    tracker.log(2, {"math/success": 1})
+    tracker.close()
+    tracker.close()
+    assert read_jsonl(run.metrics) == [{"step": 1, "math/success": 0.5, "loss": None}, {"step": 2, "math/success": 1.0}]
+
+
+def test_resume_forgets_everything_after_its_step(run):
+    tracker = JsonlTracker(run.metrics)
+    for step in (1, 2, 3, 4):
+        tracker.log(step, {"x": step})
+        run.keep_episodes(step, [kept(step)])
+        run.save_eval(f"step_{step}", Stage(step=step))
+    run.save_eval("teacher", Stage(step=None))
+    tracker.close()
+    with run.metrics.open("a") as file:
+        file.write('{"step": 5, "x"')  # the crash
+
+    run.resume(Session.now(["agentopd", "resume", "run"], from_step=2))
+
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2]
+    assert [episode.step for episode in run.kept_episodes()] == [1, 2]
+    assert {path.stem for path in run.eval.iterdir()} == {"step_1", "step_2", "teacher"}
+    after = JsonlTracker(run.metrics)
+    after.log(3, {"x": 30})
+    after.close()
+    assert read_jsonl(run.metrics)[-1] == {"step": 3, "x": 30.0}
+    (session,) = Provenance.model_validate_json(run.provenance.read_text()).sessions
+    assert session.from_step == 2 and session.command[1] == "resume" and "torch" in session.packages
+
+
+def test_a_torn_last_line_is_dropped_and_a_bad_middle_is_named(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert read_jsonl(path) == [{"step": 1}]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"m\.jsonl, line 2: not JSON"):
+        read_jsonl(path)
+    assert read_jsonl(tmp_path / "absent.jsonl") == []
+
+
+def test_kept_episodes_round_trip(run):
+    given = kept(3, teacher_logprobs=(-1.0, -2.0), weights=(1.0, 0.0), mask_reasons=("", "special"))
+    run.keep_episodes(3, [given])
+    assert list(run.kept_episodes()) == [given]
+
+
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ({"teacher_logprobs": (-1.0,)}, "teacher_logprobs has 1 entries for 2 sampled tokens"),
+        ({"weights": (1.0, 1.0, 1.0)}, "weights has 3 entries"),
+        ({"teacher_logprobs": (-1.0, float("-inf"))}, "not finite"),
+    ],
+)
+def test_kept_streams_must_line_up(streams, message):
+    with pytest.raises(ValidationError, match=message):
+        kept(1, **streams)
+
+
+def test_a_spoilt_episode_file_is_named(run):
+    (run.episodes / "step_000001.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    with pytest.raises(UserError, match=r"step_000001\.jsonl, line 1: not a kept episode"):
+        list(run.kept_episodes())
+
+
+def test_atomic_write_leaves_the_old_file_and_no_litter_on_failure(tmp_path):
+    target = tmp_path / "f"
+    write_atomic(target, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(target, "\ud800")
+    assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_tensorboard_is_used_or_asked_for(run):
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="pip install tensorboard"):
+            TensorBoardTracker(run)
+        return
+    tracker = open_tracker(run, tensorboard=True)
+    tracker.log(1, {"x": 1.0})
+    tracker.close()
+    assert list((run.path / "tensorboard").iterdir())

@@ -1,0 +1,233 @@
+"""The code verifier: hidden cases run in a sandbox, their values compared outside it, the patch's size priced.
+
+A program never sees what is expected of it. One ``run_cases`` call judges one program; the outcomes of a (task,
+program) pair are kept, so that the starting program, and equal programs of one group, run once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import secrets
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from agentopd.contracts import Case, CaseResult, CaseStatus, Program, Sandbox, SandboxLimits
+from agentopd.errors import SandboxError, TaskError, boundary
+from agentopd.types import Episode, Flag, Task, VerdictStatus
+from agentopd_verifiers import hardcode
+from agentopd_verifiers.compare import COMPARATORS, matches
+from agentopd_verifiers.diff import Patch, Penalty, gated_reward, patch_penalty
+from agentopd_verifiers.judge import Finding, JudgingVerifier, hidden_field
+from agentopd_verifiers.plain import decode_plain
+
+CACHED_PROGRAMS = 2048
+_STATUS = {
+    CaseStatus.TIMEOUT: VerdictStatus.TIMEOUT,
+    CaseStatus.RESOURCE: VerdictStatus.RESOURCE,
+    CaseStatus.CRASH: VerdictStatus.CRASH,
+}
+
+
+@dataclass(frozen=True)
+class Test:
+    """One case with what it must give."""
+
+    case: Case
+    expected: Any
+    compare: str
+    tolerance: float | None
+    weight: float
+
+    def holds(self, result: CaseResult) -> bool:
+        """Whether a result is a value, and the right one."""
+        if result.status is not CaseStatus.VALUE:
+            return False
+        return matches(self.expected, result.value, self.compare, self.tolerance)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Which tests a program passes (by id), how each case ended, and whether it answered a call that cannot succeed."""
+
+    passed: Mapping[str, bool]
+    statuses: Mapping[str, CaseStatus]
+    tampered: bool = False
+
+
+class CodeVerifier(JudgingVerifier):
+    """Outcome 1 if every hidden and public case passes; reward by ``agentopd_verifiers.diff``."""
+
+    name: ClassVar[str] = "code"
+    version: ClassVar[str] = "1"
+    needs_sandbox: ClassVar[bool] = True
+
+    def __init__(self, limits: SandboxLimits | None = None) -> None:
+        self._limits = limits
+        self._known: OrderedDict[str, Outcomes] = OrderedDict()
+        self._running: dict[str, asyncio.Future[Outcomes]] = {}
+
+    async def judge(self, task: Task, episode: Episode, sandbox: Sandbox | None) -> Finding:
+        """Run the submitted program's cases, and the starting program's where partial credit needs them."""
+        tests = _tests(task)
+        program = episode.final_state.get("program")
+        if not isinstance(program, str) or not episode.final_state.get("submitted"):
+            return Finding(0.0, VerdictStatus.NO_ANSWER, detail="no program was submitted")
+        if sandbox is None:
+            raise SandboxError("the code verifier needs a sandbox and was given none")
+        starter, gold = str(task.hidden.get("starter", "")), task.hidden.get("gold")
+        mine = await self._outcomes(task, program, tests, sandbox)
+        passed = all(mine.passed.values()) and not mine.tampered
+        before = None if passed or not starter else await self._outcomes(task, starter, tests, sandbox)
+        p = 1.0 if passed else progress(tests, mine, before)
+        cost = patch_penalty(starter, program, gold) if starter else None
+        total = cost[0].total if cost else 0.0
+        outcome = float(passed)
+        return Finding(
+            outcome,
+            _status(mine, passed),
+            reward=0.0 if mine.tampered else gated_reward(passed, p, total),
+            components=_components(mine, outcome, p, cost),
+            flags=_flags(mine, tests, program, starter, gold),
+            detail="" if passed else f"{sum(mine.passed.values())} of {len(tests)} cases pass",
+        )
+
+    async def _outcomes(self, task: Task, source: str, tests: list[Test], sandbox: Sandbox) -> Outcomes:
+        """Cached by task and program; concurrent requests for the same pair share one run."""
+        key = hashlib.sha256(f"{task.hash}\0{source}".encode("utf-8", "surrogatepass")).hexdigest()
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+
+        async def run() -> Outcomes:
+            found = await run_tests(task, source, tests, sandbox, self._limits)
+            self._known[key] = found
+            if len(self._known) > CACHED_PROGRAMS:
+                self._known.popitem(last=False)
+            return found
+
+        return await self._share(key, run)
+
+    async def _share(self, key: str, run: Callable[[], Coroutine[Any, Any, Outcomes]]) -> Outcomes:
+        running = self._running.get(key)
+        if running is None or running.get_loop() is not asyncio.get_running_loop():
+            running = self._running[key] = asyncio.ensure_future(run())
+            running.add_done_callback(lambda _: self._running.pop(key, None))
+        return await asyncio.shield(running)
+
+
+async def run_tests(
+    task: Task, source: str, tests: list[Test], sandbox: Sandbox, limits: SandboxLimits | None = None
+) -> Outcomes:
+    """Run every test once, in an order that depends on task and program only, with a canary among them.
+
+    The canary evaluates a name that nothing can have defined: a program that makes it succeed has changed how cases are
+    evaluated.
+
+    Raises:
+        SandboxError: if the sandbox failed, or did not answer every case.
+
+    """
+    canary = Case(id=f"canary-{secrets.token_hex(8)}", expression=f"x{secrets.token_hex(8)}")
+    cases = [*(test.case for test in tests), canary]
+    random.Random(f"{task.hash}{source}").shuffle(cases)
+    program = Program(source, dict(task.public.get("files") or {}))
+    with boundary(SandboxError, f"running the cases of task {task.id}"):
+        results = await sandbox.run_cases(program, cases, limits)
+    found = {result.id: result for result in results}
+    if set(found) != {case.id for case in cases} or len(results) != len(cases):
+        raise SandboxError(f"task {task.id}: {len(results)} results for {len(cases)} cases")
+    return Outcomes(
+        passed={test.case.id: test.holds(found[test.case.id]) for test in tests},
+        statuses={test.case.id: found[test.case.id].status for test in tests},
+        tampered=found[canary.id].status is CaseStatus.VALUE,
+    )
+
+
+def progress(tests: list[Test], mine: Outcomes, before: Outcomes | None) -> float:
+    """p: weight of failing tests fixed less weight of passing tests broken, over the weight that failed; in [0, 1]."""
+    failed_before = {test.case.id: before is None or not before.passed[test.case.id] for test in tests}
+    total = sum(test.weight for test in tests if failed_before[test.case.id])
+    fixed = sum(test.weight for test in tests if failed_before[test.case.id] and mine.passed[test.case.id])
+    broken = sum(test.weight for test in tests if not failed_before[test.case.id] and not mine.passed[test.case.id])
+    return min(1.0, max(0.0, (fixed - broken) / total)) if total else 0.0
+
+
+def _tests(task: Task) -> list[Test]:
+    """Hidden and public cases, each id once."""
+    rows = [*hidden_field(task, "cases", list), *(task.public.get("public_cases") or [])]
+    tests: dict[str, Test] = {}
+    for row in rows:
+        test = _test(row)
+        if tests.setdefault(test.case.id, test) != test:
+            raise TaskError(f"two different cases have the id {test.case.id!r}")
+    if not tests:
+        raise TaskError("there are no cases")
+    return list(tests.values())
+
+
+def _test(row: Any) -> Test:
+    try:
+        args = tuple(map(decode_plain, row.get("args", [])))
+        case = Case(str(row["id"]), row["expression"], row.get("setup", ""), args)
+        expected, compare = decode_plain(row["expected"]), row.get("compare", "eq")
+        tolerance = None if row.get("tolerance") is None else float(row["tolerance"])
+        weight = float(row.get("weight", 1.0))
+    except (KeyError, TypeError, AttributeError, ValueError) as exc:
+        raise TaskError(f"malformed case {str(row)[:80]}: {type(exc).__name__}: {exc}") from exc
+    if compare not in COMPARATORS:
+        raise TaskError(f"case {case.id!r}: unknown comparator {compare!r}; known: {', '.join(sorted(COMPARATORS))}")
+    return Test(case, expected, compare, tolerance, weight)
+
+
+def _status(mine: Outcomes, passed: bool) -> VerdictStatus:
+    """What most of the failing cases have in common."""
+    if mine.tampered:
+        return VerdictStatus.TAMPERED
+    if passed:
+        return VerdictStatus.OK
+    failures = [_STATUS.get(mine.statuses[key], VerdictStatus.WRONG) for key, held in mine.passed.items() if not held]
+    return Counter(failures).most_common(1)[0][0]
+
+
+def _components(mine: Outcomes, outcome: float, p: float, cost: tuple[Penalty, Patch] | None) -> dict[str, float]:
+    found = {
+        "pass": outcome,
+        "p": p,
+        "cases": float(len(mine.passed)),
+        "cases_passed": float(sum(mine.passed.values())),
+    }
+    if cost is None:
+        return found
+    penalty, patch = cost
+    return found | {
+        "penalty": penalty.total,
+        "penalty_size": penalty.size,
+        "penalty_complexity": penalty.complexity,
+        "penalty_unrelated": penalty.unrelated,
+        "diff_lines": float(patch.lines),
+        "diff_tokens": float(patch.tokens),
+        "diff_cost": patch.cost,
+        "diff_parsed": float(patch.parsed),
+    }
+
+
+def _flags(mine: Outcomes, tests: list[Test], program: str, starter: str, gold: str | None) -> list[Flag]:
+    """Suspicions; hidden values are counted, never shown."""
+    flags = []
+    if mine.tampered:
+        flags.append(Flag(code="tampered", detail="a call that cannot succeed returned a value"))
+    early = sum(status is CaseStatus.NO_RESULT for status in mine.statuses.values())
+    if early:
+        flags.append(Flag(code="early_exit", detail=f"{early} cases ended without a result"))
+    odd = sum(status is CaseStatus.PROTOCOL for status in mine.statuses.values())
+    if odd:
+        flags.append(Flag(code="bad_result", detail=f"{odd} cases reported something that is not plain data"))
+    known = [(test.case.args, test.case.expression, test.expected) for test in tests]
+    copied = hardcode.copied_literals(program, [starter, gold or ""], known)
+    if copied:
+        flags.append(Flag(code="hardcoded", detail=f"{copied} literals of the test cases appear only in the patch"))
+    return flags
