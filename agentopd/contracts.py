@@ -87,7 +87,7 @@ class Environment(Protocol):
         ...
 
     async def step(self, action: AssistantTurn) -> StepResult:
-        """Answer one assistant turn. ``ToolError`` is shown to the student; any other exception ends the episode, masked."""
+        """Answer one assistant turn. ``ToolError`` is shown to the student; other exceptions mask the episode."""
         ...
 
     def state(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from agentopd.attention import ATTENTION
 from agentopd.errors import ConfigError
 
 SHIPPED = ("micro/student", "micro/teacher")
@@ -43,13 +44,15 @@ def load_tokenizer(name: str) -> Any:
         raise ConfigError(f"model {name!r}: its tokenizer cannot be loaded: {_first_line(exc)}") from None
 
 
-def load_model(name: str, dtype: str, attn: str = "sdpa") -> Any:
+def load_model(name: str, dtype: str) -> Any:
     """A causal language model in evaluation mode. Raises ``ConfigError`` when it cannot be loaded."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name), dtype=_DTYPES[dtype], attn_implementation=attn
+            resolve_model(name), dtype=_DTYPES[dtype], attn_implementation=ATTENTION
         )
     except (OSError, ValueError) as exc:
         raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(exc)}") from None

@@ -113,6 +113,8 @@ class LearnerConfig(Section):
     max_epoch_kl: float = Field(0.1, gt=0)
     """Stop further passes once mean |logprobs - old_logprobs| exceeds this."""
     zero_stage: Literal[0, 1, 2] = 0
+    """How much optimiser state is split over ranks. A bfloat16 student with 0 runs as 1: the same thing on one rank,
+    and the stage that keeps fp32 gradients."""
 
 
 class ReplayConfig(Section):
@@ -123,8 +125,6 @@ class ReplayConfig(Section):
     policy: Literal["fixed", "forgetting"] = "forgetting"
     """``forgetting`` draws skill j with weight ``max(floor, base_j - current_j) + floor``."""
     floor: float = Field(0.1, gt=0)
-    start_kl_weight: float = Field(1.0, ge=0)
-    """Weight of the retention loss relative to the new skills' loss, per prompt."""
 
 
 class EvalConfig(Section):

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from agentopd.attention import ATTENTION
 from agentopd.contracts import Generation, GenerationRequest
-from agentopd.engines.attention import GROUPED_ATTENTION
 from agentopd.engines.sampling import UniformStreams, sample
 from agentopd.errors import EngineError, boundary
 
@@ -198,7 +198,7 @@ def _decoding(model: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, grouped attention; the learner finds its model as it left it."""
     training, attention = model.training, model.config._attn_implementation
     model.eval()
-    model.config._attn_implementation = GROUPED_ATTENTION
+    model.config._attn_implementation = ATTENTION
     try:
         # Not inference_mode: tensors made under it must never meet autograd, and the parameters are shared.
         with torch.no_grad():

@@ -7,6 +7,9 @@ accumulates gradients in fp32.
 
 from __future__ import annotations
 
+import io
+import math
+from contextlib import redirect_stderr
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +105,8 @@ class DeepSpeedLearner:
     def export(self, directory: str | Path) -> None:
         """Write the student as a Hugging Face directory (safetensors), in the model's dtype."""
         if runtime.rank() == 0:
-            self.module.save_pretrained(str(directory))
+            with redirect_stderr(io.StringIO()):  # a progress bar per shard
+                self.module.save_pretrained(str(directory))
         runtime.all_reduce_max(0)
 
     def close(self) -> None:
@@ -147,7 +151,7 @@ class DeepSpeedLearner:
             self._engine.backward(output.loss * ranks, scale_wrt_gas=False)
             parts, sums = add_sums(parts, output.parts), add_sums(sums, output.sums)
         metrics = self._reduced(parts, sums, skills)
-        if not all(torch.isfinite(torch.tensor(metrics[name])) for name in parts):
+        if not math.isfinite(metrics["loss/total"]):
             raise InfraError(f"the loss of step {self.steps_done} is not finite: {metrics}")
         norm = self._plain_grad_norm()
         self._engine.step()

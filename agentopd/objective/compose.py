@@ -21,7 +21,14 @@ from agentopd.objective.calibration import agreement, router_weight
 from agentopd.objective.divergences import teacher_margin, topk_reverse_kl
 from agentopd.objective.reference import k2
 from agentopd.objective.streams import Streams
-from agentopd.objective.trust import budget_scale, cap_scale, importance_weight, inside_trust_region, ppo_surrogate
+from agentopd.objective.trust import (
+    MAX_LOG_RATIO,
+    budget_scale,
+    cap_scale,
+    importance_weight,
+    inside_trust_region,
+    ppo_surrogate,
+)
 from agentopd.objective.weights import span_weights, step_weights
 
 TokenMetrics = dict[str, tuple[Tensor, Tensor]]
@@ -133,7 +140,7 @@ def _common_metrics(streams: Streams, objective: ObjectiveConfig) -> TokenMetric
     }
     if objective.source == "student":
         # k3 of KL(rollout || learner) on rollout samples: at least 0, and 0 when engine and learner agree.
-        gap_N = streams.old_N - batch.rollout_logprobs_N
+        gap_N = (streams.old_N - batch.rollout_logprobs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         found["student/mismatch_kl"] = (gap_N.exp() - 1 - gap_N, all_N)
     if objective.needs_teacher:
         found["distill/coverage"] = (batch.supervised_N, all_N)

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from agentopd.attention import grouped_attention
 from agentopd.contracts import Engine, Generation, GenerationRequest, SamplingParams
 from agentopd.engines import HFEngine
-from agentopd.engines.attention import grouped_attention
 from agentopd.errors import EngineError
 
 STOP = (2,)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -18,6 +18,7 @@ from agentopd.objective.reference import k2
 from agentopd.objective.trust import budget_scale, cap_scale, importance_weight, inside_trust_region, ppo_surrogate
 from agentopd.objective.weights import span_weights, step_weights
 
+quick = settings(max_examples=25, deadline=None)
 floats = st.floats(-5, 5, width=32)
 
 
@@ -42,11 +43,13 @@ def test_groups_do_not_mix_and_unknown_rewards_take_no_part():
     assert found[3:] == pytest.approx([-half, half], abs=1e-5)
 
 
+@quick
 @given(st.floats(-10, 10), st.integers(1, 8))
 def test_constant_groups_are_exactly_zero(reward, size):
     assert group_advantages([reward] * size, ["g"] * size) == [0.0] * size
 
 
+@quick
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=8), st.randoms())
 def test_advantages_follow_a_permutation(rewards, rnd):
     order = list(range(len(rewards)))
@@ -65,6 +68,7 @@ def test_quadrants_of_the_calibrated_weight(sigma, delta, weight):
     assert router_weight(CalibratedRouter(), found).item() == weight
 
 
+@quick
 @given(floats, floats)
 def test_calibrated_weight_is_monotone_in_agreement(first, second):
     low, high = sorted((max(-1, min(1, first)), max(-1, min(1, second))))
@@ -93,6 +97,7 @@ def test_at_ratio_one_the_surrogate_is_the_policy_gradient():
     assert (loss, grad, clipped) == (pytest.approx(-2.0), pytest.approx(-2.0), False)
 
 
+@quick
 @given(floats, st.floats(0.1, 20), st.floats(0.01, 10))
 def test_surrogate_is_homogeneous_in_the_advantage(advantage, ratio, scale):
     plain = surrogate_and_grad(advantage, ratio)
@@ -113,6 +118,7 @@ def test_probability_drop_only_against_the_direction_of_the_advantage():
     assert inside_trust_region(advantage, new, rollout, None).all()
 
 
+@quick
 @given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=6), st.floats(0.5, 10))
 def test_cap_bounds_the_signal_and_spares_the_rest(values, cap):
     signal = torch.tensor(values)
@@ -139,6 +145,7 @@ def test_step_weights_of_the_printed_example(delta, last):
     assert_close(weights, torch.tensor([1.0, 1.0, 0.5000025, last]), atol=1e-6, rtol=0)
 
 
+@quick
 @given(st.lists(st.floats(0.01, 5), min_size=1, max_size=6))
 def test_step_weights_equal_the_product_over_turns(gaps):
     n, eps = len(gaps), 1e-6
@@ -198,6 +205,7 @@ def test_gold_nll_is_a_weighted_sum():
     assert gold_nll(torch.tensor([-1.0, -3.0]), torch.tensor([0.5, 0.25])).item() == pytest.approx(1.25)
 
 
+@quick
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 100))
 def test_buckets_hold_every_row_once_within_the_budget(lengths, budget):
     buckets = bucket_by_length(lengths, budget)

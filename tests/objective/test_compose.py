@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -16,6 +16,7 @@ from agentopd.objective.metrics import add_sums, means
 from agentopd.objective.microbatches import split_micro_batches
 from agentopd.objective.streams import Streams
 
+quick = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 10_000)
 ONES = {"kind": "calibrated", "w_agree": 1.0, "w_neutral": 1.0, "w_conflict": 1.0}
 SAMPLED = {"kind": "sampled_pg"}
@@ -31,6 +32,7 @@ def subset(streams, rows):
     return Streams(batch.select_rows(rows), streams.logprobs_N[kept], streams.topk_logprobs_NK[kept], old)
 
 
+@quick
 @given(seeds, st.sampled_from([0.0, 0.3]))
 def test_open_settings_are_plain_opd_bit_for_bit(sample, preset, seed, off_policy):
     data = sample(seed, off_policy=off_policy)
@@ -41,6 +43,7 @@ def test_open_settings_are_plain_opd_bit_for_bit(sample, preset, seed, off_polic
     assert torch.equal(data.grad(vc), data.grad(preset("opd")))
 
 
+@quick
 @given(seeds)
 def test_open_settings_are_topk_opd_bit_for_bit(sample, preset, seed):
     data = sample(seed)
@@ -49,6 +52,7 @@ def test_open_settings_are_topk_opd_bit_for_bit(sample, preset, seed):
     assert torch.equal(data.grad(vc), data.grad(preset("topk_opd")))
 
 
+@quick
 @given(seeds, st.sampled_from([SAMPLED, TOPK]))
 def test_no_teacher_weight_is_grpo(sample, preset, seed, divergence):
     data = sample(seed, off_policy=0.3)
@@ -84,6 +88,7 @@ def test_whole_vocabulary_equals_full_reverse_kl(sample, preset):
     assert_close(data.loss(preset("topk_opd")).loss, full, atol=1e-6, rtol=1e-5)
 
 
+@quick
 @given(seeds)
 def test_passed_episode_in_conflict_has_exactly_the_conflict_share_of_the_gradient(sample, preset, seed):
     data = sample(seed)
@@ -96,6 +101,7 @@ def test_passed_episode_in_conflict_has_exactly_the_conflict_share_of_the_gradie
     assert_close(data.grad(vc), 0.25 * data.grad(preset("topk_opd")), atol=1e-9, rtol=1e-6)
 
 
+@quick
 @given(seeds, st.floats(0.5, 20))
 def test_teacher_pressure_on_a_token_is_bounded_by_the_cap(sample, preset, seed, cap):
     data = sample(seed, advantage_N=torch.zeros(12))
@@ -113,6 +119,7 @@ def test_a_huge_margin_moves_no_more_than_the_cap(sample, preset):
     assert_close(grads[0], grads[1])
 
 
+@quick
 @given(seeds, st.sampled_from([SAMPLED, TOPK]), st.floats(0.05, 2))
 def test_mean_pressure_of_every_sequence_is_within_the_budget(sample, preset, seed, divergence, budget):
     data = sample(seed)
@@ -157,6 +164,7 @@ def test_tokens_without_scale_have_no_gradient(sample, preset, name):
     assert grad[~out].abs().max() > 0
 
 
+@quick
 @given(seeds, st.sampled_from(["verifier_calibrated", "opd", "topk_opd", "grpo"]), st.integers(1, 16))
 def test_micro_batches_add_up_to_the_batch(sample, preset, seed, name, budget):
     objective = preset(name, weights={"step_delta": 0.2, "outside_span": 0.5}, reference={"kl_coef": 0.1})
@@ -175,6 +183,7 @@ def test_micro_batches_add_up_to_the_batch(sample, preset, seed, name, budget):
     assert means(sums, ("a",)) == pytest.approx(means(whole.sums, ("a",)), rel=1e-4, abs=1e-6)
 
 
+@quick
 @given(seeds, st.permutations([0, 1, 2]))
 def test_row_order_does_not_matter(sample, preset, seed, order):
     objective = preset("verifier_calibrated", weights={"step_delta": 0.2})
@@ -183,6 +192,7 @@ def test_row_order_does_not_matter(sample, preset, seed, order):
     assert_close(permuted.loss, data.loss(objective).loss, atol=1e-6, rtol=1e-5)
 
 
+@quick
 @given(seeds, st.floats(-20, 20))
 def test_constants_added_to_a_tokens_logits_do_not_matter(sample, preset, seed, shift):
     g = torch.Generator().manual_seed(seed)

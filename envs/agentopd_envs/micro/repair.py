@@ -14,7 +14,7 @@ from agentopd_envs.authoring import tool_turn
 from agentopd_envs.splits import procedural
 
 SYSTEM = "Fix the bug with one small edit, then submit."
-LIMITS = Limits(max_turns=5, max_tokens=160)
+LIMITS = Limits(max_turns=5, max_tokens=160, max_turn_tokens=64)
 SOURCE = Source(dataset="micro_repair", licence="Apache-2.0")
 NUM_HIDDEN = 6
 
@@ -142,7 +142,7 @@ def _task(problem: Problem, task_id: str, split: Split, seed: int) -> Task:
             "accepts_program": False,
         },
         hidden={
-            "cases": [_case(problem, f"hidden{index}", pair) for index, pair in enumerate(problem.inputs)],
+            "cases": [_hidden_case(problem)],
             "gold": solution,
             "starter": program,
         },
@@ -155,6 +155,17 @@ def _task(problem: Problem, task_id: str, split: Split, seed: int) -> Task:
         seed=seed,
         source=SOURCE,
     )
+
+
+def _hidden_case(problem: Problem) -> JSON:
+    """All hidden inputs in one process: tiny pure functions gain nothing from one process each, and cost six."""
+    return {
+        "id": "hidden",
+        "expression": f"[{problem.function}(left, right) for left, right in args]",
+        "args": [list(pair) for pair in problem.inputs],
+        "expected": [problem.good.value(pair) for pair in problem.inputs],
+        "compare": "eq",
+    }
 
 
 def _case(problem: Problem, case_id: str, arguments: tuple[int, int]) -> JSON:

@@ -16,7 +16,7 @@ from agentopd_envs.micro.words import ITEMS
 from agentopd_envs.splits import procedural
 
 SYSTEM = "Keep the stock right using the tools."
-LIMITS = Limits(max_turns=6, max_tokens=160)
+LIMITS = Limits(max_turns=6, max_tokens=160, max_turn_tokens=64)
 SOURCE = Source(dataset="micro_store", licence="Apache-2.0")
 
 

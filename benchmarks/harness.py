@@ -1,0 +1,48 @@
+"""Shared by all benchmarks: interleaved A/B timing in CPU seconds, ratios with spread, one JSON line at the end."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How much faster ``ours`` is than ``theirs``, pair by pair (above 1 is faster)."""
+
+    name: str
+    median: float
+    low: float
+    high: float
+    pairs: int
+
+    def line(self) -> str:
+        """One row for a person."""
+        return f"{self.name:<40} {self.median:6.2f}x  ({self.low:.2f} to {self.high:.2f}, {self.pairs} pairs)"
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Process CPU time of one call, all threads."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object], pairs: int = 5) -> Ratio:
+    """Run both in turn, after one warm-up each; the ratio of each pair survives a machine whose speed drifts."""
+    ours(), theirs()
+    ratios = []
+    for _ in range(pairs):
+        mine = cpu_seconds(ours)
+        ratios.append(cpu_seconds(theirs) / mine)
+    return Ratio(name, statistics.median(ratios), min(ratios), max(ratios), pairs)
+
+
+def report(ratios: dict[str, Ratio], **figures: float) -> None:
+    """Rows, then one JSON object on the last line."""
+    for ratio in ratios.values():
+        print(ratio.line())
+    print(json.dumps({**{key: round(ratio.median, 3) for key, ratio in ratios.items()}, **figures}))

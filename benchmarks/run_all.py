@@ -1,0 +1,36 @@
+"""Run every benchmark in a fresh process and write ``benchmarks/results/<name>.json`` with the machine named."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+NAMES = ("rollout", "learner_step")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    RESULTS.mkdir(exist_ok=True)
+    machine = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+    for name in NAMES:
+        print(f"== {name}")
+        done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], capture_output=True, text=True)
+        print(done.stdout, end="")
+        if done.returncode:
+            sys.exit(done.stderr)
+        figures = json.loads(done.stdout.strip().splitlines()[-1])
+        (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The whole loop on the shipped micro models: real environments, real jail, real DeepSpeed."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from agentopd.commands import _train
+from agentopd.config import PRESETS, load_run_config
+from agentopd.console import make_console
+from agentopd.runs import Run
+from agentopd.tracking import RunDirectory, read_jsonl
+from agentopd.train import train
+
+pytestmark = pytest.mark.slow
+
+UNTIMED = ("time/",)
+
+
+def metrics(path: Path) -> list[dict]:
+    rows = read_jsonl(path / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith(UNTIMED)} for row in rows]
+
+
+def run(config_path: Path, overrides: list[str]) -> Path:
+    config = load_run_config(config_path, overrides)
+    asyncio.run(train(Run.start(config), make_console(plain=True)))
+    return Path(config.run_dir)
+
+
+def test_a_run_leaves_everything_a_reader_needs(quickstart, small):
+    config = load_run_config(quickstart, small("train.steps=2"))
+    _train(Run.start(config), make_console(plain=True))
+    path = Path(config.run_dir)
+    rows = metrics(path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["distill/coverage"] > 0.9 for row in rows)
+    assert {"math/success", "repair/success", "store/success", "loss/total"} <= set(rows[0])
+    assert {file.stem for file in (path / "eval").glob("*.json")} == {"base", "teacher", "final"}
+    assert (path / "model/model.safetensors").is_file() and (path / "model/tokenizer.json").is_file()
+    assert (path / "report.html").stat().st_size > 20_000
+    assert load_run_config(path / "config.toml") == config
+    provenance = json.loads((path / "provenance.json").read_text())
+    assert len(provenance["models"]["student"]) == 16
+    kept = list(RunDirectory.open(path).kept_episodes())
+    assert len(kept) == 8
+    for item in kept:
+        assert len(item.teacher_logprobs) == item.episode.num_sampled
+        assert any(reason == "special" for reason in item.mask_reasons)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(preset, quickstart, small):
+    path = run(quickstart, small("train.steps=1", f"objective.preset={preset}", name=preset))
+    row = metrics(path)[0]
+    assert torch.isfinite(torch.tensor(row["loss/total"]))
+    assert row["learner/grad_norm"] > 0
+    if PRESETS[preset]["divergence"]["kind"] != "none":
+        assert row["distill/coverage"] > 0.9
+
+
+def test_a_new_environment_trains(quickstart, small, tmp_path):
+    config = tmp_path / "mine.toml"
+    env = Path(__file__).resolve().parents[2] / "examples/my_env.py"
+    name = next(line for line in env.read_text().splitlines() if line.startswith("class ")).split()[1].split("(")[0]
+    config.write_text(
+        f'[model]\nstudent = "micro/student"\n[teachers.default]\nmodel = "micro/teacher"\n'
+        f'[[suite.skills]]\nname = "mine"\nenv = "{env}:{name}"\n'
+    )
+    path = run(config, small("train.steps=1"))
+    assert metrics(path)[0]["mine/episodes"] == 12
+
+
+def test_a_fixed_seed_gives_the_same_run_twice(quickstart, small):
+    one = run(quickstart, small("train.steps=2", name="one"))
+    two = run(quickstart, small("train.steps=2", name="two"))
+    assert metrics(one) == metrics(two)
+
+
+def test_resuming_after_kill_9_gives_the_metrics_of_an_undisturbed_run(quickstart, small):
+    whole = run(quickstart, small("train.steps=4", name="whole"))
+    arguments = [part for override in small("train.steps=4", name="killed") for part in ("--set", override)]
+    command = [sys.executable, "-m", "agentopd.cli"]
+    killed = whole.parent / "killed"
+    process = subprocess.Popen([*command, "train", str(quickstart), "--plain", *arguments], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list(killed.glob("checkpoints/step-000002/state.json")):
+        assert time.monotonic() < deadline and process.poll() is None, "the run ended before its second checkpoint"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run([*command, "resume", str(killed), "--plain"], check=True, stdout=subprocess.DEVNULL)
+    assert metrics(killed) == metrics(whole)
+    for stage in ("base", "final"):
+        ours, theirs = (json.loads((path / f"eval/{stage}.json").read_text()) for path in (whole, killed))
+        assert ours == theirs
+
+
+def test_two_ranks_train_with_zero_2(quickstart, small):
+    arguments = [part for override in small("train.steps=2", "learner.zero_stage=2") for part in ("--set", override)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "agentopd.cli", "train", str(quickstart), "--plain", *arguments],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    path = Path(small()[-1].removeprefix("run_dir="))
+    rows = metrics(path)
+    assert len(rows) == 2 and rows[0]["batch/episodes"] == 12
