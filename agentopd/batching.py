@@ -24,7 +24,7 @@ from agentopd.objective.microbatches import split_micro_batches
 from agentopd.objective.streams import AllReduce, Batch, single_process
 from agentopd.types import StopReason
 
-__all__ = ["build_batch", "split_micro_batches"]
+__all__ = ["build_batch", "split_micro_batches", "verdict_signs"]
 
 COUNTERS = ("episodes", "unjudged", "env_error", "no_evidence", "truncated_dropped", "empty", "rows", "tokens")
 INTEGERS = ("position_N", "turn_N", "skill_N")
@@ -135,7 +135,7 @@ def _row(
         "teacher_logprobs_N": teacher,
         "ref_logprobs_N": ref,
         "advantage_N": np.full(n, advantage),
-        "sigma_N": _sigma(item, objective),
+        "sigma_N": verdict_signs(item, objective),
         "special_N": special,
         "span_N": np.array([flag for found in classes for flag in found.in_span], dtype=bool),
         "teacher_part_N": part,
@@ -147,7 +147,7 @@ def _row(
     return _Row(input_ids, episode.stop_reason.truncated, streams, topk_ids, topk_logprobs)
 
 
-def _sigma(item: ScoredEpisode, objective: ObjectiveConfig) -> Array:
+def verdict_signs(item: ScoredEpisode, objective: ObjectiveConfig) -> Array:
     """The verdict's sign per sampled token; a step's certificate overrides the episode's where the router uses it."""
     verdict, turns = item.verdict, item.episode.turns
     if verdict.outcome is None:

@@ -14,7 +14,7 @@ from agentopd.engines import HFEngine
 from agentopd.errors import ConfigError
 from agentopd.models import check_same_vocabulary, load_model, load_tokenizer
 from agentopd.objective.masks import ClassifyTokens, TokenClasses
-from agentopd.registry import environments, sandboxes, tool_codecs, verifiers
+from agentopd.registry import datasets, environments, sandboxes, tool_codecs, verifiers
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
 from agentopd.scoring import judge
@@ -58,11 +58,11 @@ def load_skills(suite: SuiteConfig) -> dict[str, Skill]:
     skills = {}
     for config in suite.skills:
         env = environments.get(config.env)
-        known = getattr(env, "sources", (config.source,))
-        if config.source not in known:
+        known = (*getattr(env, "sources", (config.source,)), *datasets.entries())
+        if config.source not in known and ":" not in config.source:
             raise ConfigError(
                 f"skill {config.name!r}: environment {config.env!r} has no source {config.source!r}; "
-                f"it has: {', '.join(known)}"
+                f"it has: {', '.join(known)}; registered data sets and file.py:loader paths work too"
             )
         skills[config.name] = Skill(config, env)
     return skills

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from agentopd.batching import verdict_signs
 from agentopd.contracts import ScoredEpisode
 from agentopd.objective.calibration import agreement, router_weight
 from agentopd.runs import Run
@@ -49,8 +50,8 @@ def inspected(run: Run, item: ScoredEpisode, tasks: Mapping[str, Task]) -> KeptE
         teacher = tuple(evidence.teacher_logprobs.tolist())
         rollout = np.array([value for turn in episode.turns for value in turn.rollout_logprobs])
         delta = torch.tensor(evidence.teacher_logprobs - rollout)
-        sigma = 0.0 if item.verdict.outcome is None else 2 * item.verdict.outcome - 1
-        weight = router_weight(run.config.objective.router, agreement(torch.full_like(delta, sigma), delta))
+        sigma = torch.from_numpy(verdict_signs(item, run.config.objective)).to(delta)
+        weight = router_weight(run.config.objective.router, agreement(sigma, delta))
         weights = tuple(0.0 if reason else float(value) for value, reason in zip(weight, reasons, strict=True))
     decode = run.policy.tokenizer.decode
     return KeptEpisode(

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 from agentopd.batching import build_batch
 from agentopd.build import Judge, Policy, Skill, build_sandbox, load_skills
@@ -54,6 +55,7 @@ def build(recipe: MicroRecipe, console: Console) -> list[EvalResult]:
     """Run every stage; returns the evaluation of each. Raises ``AgentOPDError`` where a stage misses its band."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    logging.disable_progress_bar()
     skills = load_skills(recipe.suite)
     out, work = Path(recipe.out), Path(recipe.work_dir)
     tokenizer = _tokenizer(recipe, skills, work / "tokenizer")

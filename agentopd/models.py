@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,14 @@ def load_model(name: str, dtype: str) -> Any:
         )
     except (OSError, ValueError) as exc:
         raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(exc)}") from None
-    return model.eval()
+    return model.eval().to(default_device())
+
+
+def default_device() -> torch.device:
+    """The accelerator of this rank where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def check_same_vocabulary(student: Any, teacher: Any, teacher_name: str) -> None:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agentopd.errors import RegistryError
 
+T = TypeVar("T")
 GROUPS = ("environments", "verifiers", "sandboxes", "datasets", "tool_codecs", "suites")
 
 
@@ -39,16 +40,19 @@ class Registry:
         self.group = group
         self._local: dict[str, list[Entry]] = {}
 
-    def register(self, name: str) -> Callable[[type], type]:
-        """Class decorator: make the class available under ``name``, which is its ``name`` unless it has one."""
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator: make a class (or a loader function) available under ``name``.
 
-        def decorate(cls: type) -> type:
-            if "name" not in vars(cls):
-                cls.name = name  # type: ignore[attr-defined]
-            origin = f"{cls.__module__}:{cls.__qualname__}"
+        A class that has no ``name`` of its own gets this one.
+        """
+
+        def decorate(target: T) -> T:
+            if isinstance(target, type) and "name" not in vars(target):
+                target.name = name  # type: ignore[attr-defined]
+            origin = f"{target.__module__}:{target.__qualname__}"  # type: ignore[attr-defined]
             others = [entry for entry in self._local.get(name, []) if entry.origin != origin]
-            self._local[name] = [*others, Entry(name, origin, lambda: cls)]
-            return cls
+            self._local[name] = [*others, Entry(name, origin, lambda: target)]
+            return target
 
         return decorate
 

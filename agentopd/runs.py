@@ -70,18 +70,9 @@ class Run:
 
     @classmethod
     def start(cls, config: RunConfig) -> Run:
-        """Load and check every part, then create the run directory; nothing is written if a part is missing."""
+        """Load and check every part of a new run; nothing is written before ``open``."""
         run = cls._build(config, Path(config.run_dir))
-        if runtime.rank() == 0:
-            names = {"student": config.model.student, **{k: t.model for k, t in config.teachers.items()}}
-            provenance = Provenance(
-                seed=config.seed,
-                models={role: model_hash(name) for role, name in names.items()},
-                sessions=(Session.now(sys.argv),),
-            )
-            run.directory = RunDirectory.create(config.run_dir, dump_toml(config), provenance)
-            run.tracker = open_tracker(run.directory, tensorboard=config.tracking.tensorboard)
-        runtime.barrier()
+        RunDirectory.check_free(config.run_dir)
         return run
 
     @classmethod
@@ -123,8 +114,22 @@ class Run:
         return frozenset(name for name, skill in self.skills.items() if skill.config.role == "old")
 
     async def open(self) -> None:
-        """Start what can fail on this machine (the sandbox), before any training. Raises ``SandboxError``."""
+        """Start what can fail on this machine (the sandbox), then create the run directory of a new run.
+
+        Raises ``SandboxError`` or ``UserError``; nothing was written then.
+        """
         await self.judge.start((name, tasks[0]) for name, tasks in self.heldout.items())
+        if runtime.rank() == 0 and self.directory is None:
+            config = self.config
+            names = {"student": config.model.student, **{key: item.model for key, item in config.teachers.items()}}
+            provenance = Provenance(
+                seed=config.seed,
+                models={role: model_hash(name) for role, name in names.items()},
+                sessions=(Session.now(sys.argv),),
+            )
+            self.directory = RunDirectory.create(self.root, dump_toml(config), provenance)
+            self.tracker = open_tracker(self.directory, tensorboard=config.tracking.tensorboard)
+        runtime.barrier()
 
     async def evaluate(self, stage: str) -> EvalResult:
         """Measure every skill on held-out tasks, store the result as ``eval/<stage>.json``, inform the replay."""

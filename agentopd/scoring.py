@@ -42,11 +42,11 @@ async def gather_evidence(
 ) -> list[Evidence | None]:
     """Evidence for each episode from the teacher its skill is routed to (``routes``: skill to teacher key).
 
-    Episodes without a sampled token, and those an environment fault ended, get None.
+    Skills without a route, episodes without a sampled token, and those an environment fault ended, get None.
     """
     by_teacher: dict[str, list[int]] = defaultdict(list)
     for index, episode in enumerate(episodes):
-        if episode.num_sampled and episode.stop_reason is not StopReason.ENV_ERROR:
+        if _scorable(episode) and episode.skill in routes:
             by_teacher[routes[episode.skill]].append(index)
     results: list[Evidence | None] = [None] * len(episodes)
 
@@ -63,15 +63,17 @@ async def gather_evidence(
 async def add_reference(
     episodes: Sequence[Episode], evidence: Sequence[Evidence | None], reference: Teacher
 ) -> list[Evidence | None]:
-    """Put the frozen reference's log-probs of the sampled ids beside the teacher's evidence."""
-    indices = [i for i, item in enumerate(evidence) if item is not None]
+    """Put the frozen reference's log-probs of the sampled ids beside the teacher's evidence, or alone without one."""
+    indices = [index for index, episode in enumerate(episodes) if _scorable(episode)]
     answers = await reference.score([episodes[i] for i in indices], 0)
     results = list(evidence)
     for index, answer in zip(indices, answers, strict=True):
-        item = evidence[index]
-        assert item is not None  # by construction of indices
-        results[index] = replace(item, ref_logprobs=answer.teacher_logprobs)
+        results[index] = replace(evidence[index] or answer, ref_logprobs=answer.teacher_logprobs)
     return results
+
+
+def _scorable(episode: Episode) -> bool:
+    return episode.num_sampled > 0 and episode.stop_reason is not StopReason.ENV_ERROR
 
 
 def assemble(

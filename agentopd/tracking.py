@@ -118,6 +118,19 @@ class RunDirectory:
     @classmethod
     def create(cls, path: str | Path, config_toml: str, provenance: Provenance) -> RunDirectory:
         """Start a run in a new or empty directory. Raises ``UserError`` if it holds files or cannot be written."""
+        cls.check_free(path)
+        run = cls(Path(path))
+        with _user_errors(run.path):
+            for folder in (run.episodes, run.eval, run.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(run.config, config_toml)
+            write_atomic(run.provenance, provenance.model_dump_json(indent=2) + "\n")
+            run.metrics.touch()
+        return run
+
+    @classmethod
+    def check_free(cls, path: str | Path) -> None:
+        """Raise ``UserError`` if a new run could not be made at ``path``; writes nothing that stays."""
         run = cls(Path(path))
         with _user_errors(run.path):
             if run.path.is_dir() and any(run.path.iterdir()):
@@ -126,12 +139,9 @@ class RunDirectory:
                     f"run directory {str(path)!r} already holds files: {resume}"
                     "choose another with --set run_dir=DIR, or move it away"
                 )
-            for folder in (run.episodes, run.eval, run.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(run.config, config_toml)
-            write_atomic(run.provenance, provenance.model_dump_json(indent=2) + "\n")
-            run.metrics.touch()
-        return run
+            existing = next(parent for parent in (run.path, *run.path.absolute().parents) if parent.exists())
+            with tempfile.TemporaryFile(dir=existing):
+                pass
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:

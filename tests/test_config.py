@@ -43,7 +43,10 @@ def test_defaults_are_filled_in(config_file):
 
 
 def test_a_resolved_config_reads_back_to_itself(config_file, tmp_path):
-    config = load_run_config(config_file, ["objective.preset=opd", "train.steps=7", "objective.stabiliser.cap=none"])
+    config = load_run_config(
+        config_file, ["train.steps=7", "objective.stabiliser.cap=none", "suite.skills.math.limits.max_turns=3"]
+    )
+    assert config.objective.stabiliser.cap is None
     again = tmp_path / "again.toml"
     again.write_text(dump_toml(config))
     assert load_run_config(again) == config
@@ -85,6 +88,7 @@ def test_another_kind_drops_the_presets_settings_of_that_block(config_file):
         ("seed.x=1", ["seed", "x"]),
         ("rollout.group_size=1", ["group_size"]),
         ("suite.skills.repair.role=old", ["role 'new'"]),
+        ("objective.divergence.kind=none", ["router", "divergence"]),
     ],
 )
 def test_bad_overrides_are_named(config_file, override, needles):
@@ -153,3 +157,30 @@ def test_shipped_run_configs_load(path):
 )
 def test_shipped_suites_load(path):
     assert load_suite(path).skills
+
+
+def test_a_registered_suite_is_found_by_name(tmp_path):
+    from agentopd.registry import Entry, suites
+
+    table = {"skills": [{"name": "repair", "env": "code_repair"}]}
+    suites._local["plugged"] = [Entry("plugged", "here", lambda: table)]
+    try:
+        assert load_suite("plugged").skills[0].name == "repair"
+        path = tmp_path / "run.toml"
+        path.write_text('suite = "plugged"\n[teachers.default]\nmodel = "t"\n')
+        assert load_run_config(path).suite.skills[0].env == "code_repair"
+    finally:
+        del suites._local["plugged"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "term"),
+    [
+        ("topk_opd", "objective.stabiliser.tis_cap=3", "policy gradient"),
+        ("grpo", "objective.stabiliser.cap=3", "teacher term"),
+        ("grpo", "objective.weights.step_delta=0.2", "teacher term"),
+        ("sft", "objective.masks.special_tokens=false", "teacher term"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(config_file, preset, override, term):
+    assert term in refusal(config_file, f"objective.preset={preset}", override)

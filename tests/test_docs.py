@@ -177,7 +177,7 @@ def field(model: type[BaseModel], key: str) -> FieldInfo | None:
 
 
 def default_of(model: type[BaseModel], key: str) -> Any:
-    """The default at a dotted key; a block that comes in kinds shows its default kind's value where that has the key."""
+    """The default at a dotted key; of a block that comes in kinds, the default kind's value where it has the key."""
     found = field(model, key)
     assert found is not None
     value: Any = model.model_construct()

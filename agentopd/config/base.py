@@ -1,12 +1,19 @@
-"""The strict base of every config section: an unknown key is an error that names the nearest valid one."""
+"""The strict base of every config section: an unknown key is an error that names the nearest valid one.
+
+TOML has no null, so the word ``"none"`` turns an optional setting off.
+"""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+
+OFF = "none"
+"""How a config file spells None."""
 
 
 class Section(BaseModel):
@@ -26,4 +33,8 @@ class Section(BaseModel):
                 kind = f" for kind {data['kind']!r}" if "kind" in data and "kind" in valid else ""
                 hint = f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(valid)}"
                 raise PydanticCustomError("unknown_key", "{text}", {"text": f"unknown key {key!r}{kind}; {hint}"})
-        return data
+        return {key: None if value == OFF and cls._optional(key) else value for key, value in data.items()}
+
+    @classmethod
+    def _optional(cls, key: str) -> bool:
+        return NoneType in get_args(cls.model_fields[key].annotation)

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import ValidationError
 
-from agentopd.config.base import Section
+from agentopd.config.base import OFF, Section
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.config.run import RunConfig, SuiteConfig
 from agentopd.errors import ConfigError
+from agentopd.registry import suites
 
 DEFAULT_PRESET = "verifier_calibrated"
 
@@ -38,9 +39,9 @@ def load_section(model: type[T], path: str | Path, overrides: Sequence[str] = ()
     return _validate(model, _raw(Path(path), overrides), str(path))
 
 
-def load_suite(path: str | Path) -> SuiteConfig:
-    """Read a suite file. Raises ``ConfigError``."""
-    return _validate(SuiteConfig, _read_toml(Path(path), "suite"), str(path))
+def load_suite(name: str | Path) -> SuiteConfig:
+    """A suite file, or a suite registered under ``agentopd.suites``. Raises ``ConfigError``."""
+    return _validate(SuiteConfig, _suite_table(Path(name)), str(name))
 
 
 def resolve_objective(preset: str) -> ObjectiveConfig:
@@ -49,7 +50,7 @@ def resolve_objective(preset: str) -> ObjectiveConfig:
 
 
 def dump_toml(config: Section) -> str:
-    """A resolved config as TOML that ``load_run_config`` reads back to an equal config (``None`` keys left out)."""
+    """A resolved config as TOML that ``load_run_config`` reads back to an equal config."""
     return tomli_w.dumps(_dumpable(config.model_dump(mode="json")))
 
 
@@ -58,16 +59,24 @@ def _raw(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         _apply(raw, override)
     if isinstance(raw.get("suite"), str):
-        raw["suite"] = _read_toml(_beside(path, raw["suite"]), "suite")
+        raw["suite"] = _suite_table(_beside(path, raw["suite"]))
     return raw
+
+
+def _suite_table(path: Path) -> dict[str, Any]:
+    """A suite as raw TOML. A registered one is a path to a TOML file, or a table."""
+    if not path.exists() and str(path) in suites.entries():
+        registered = suites.get(str(path))
+        return dict(registered) if isinstance(registered, dict) else _read_toml(Path(registered), "suite")
+    return _read_toml(path, "suite")
 
 
 def _dumpable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _dumpable(item) for key, item in value.items() if item is not None}
+        return {key: _dumpable(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_dumpable(item) for item in value]
-    return value
+    return OFF if value is None else value
 
 
 def _beside(config_path: Path, name: str) -> Path:
@@ -96,8 +105,6 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    if value == "none":
-        value = None
     *parents, last = [part.strip() for part in dotted.split(".")]
     table: Any = raw
     for part in parents:

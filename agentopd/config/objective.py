@@ -133,6 +133,10 @@ class GoldNLL(Section):
 Anchor = Annotated[NoAnchor | GoldNLL, Field(discriminator="kind")]
 
 
+_POLICY_GRADIENT_KEYS = ("clip_low", "clip_high", "dual_clip", "tis_cap", "max_prob_drop")
+_TEACHER_KEYS = ("cap", "sequence_budget")
+
+
 class ObjectiveConfig(Section):
     """The blocks of one objective. ``preset`` fills them in; any key given beside it overrides the preset's."""
 
@@ -163,6 +167,23 @@ class ObjectiveConfig(Section):
         kinds = (self.divergence.kind, self.verifier.kind, self.anchor.kind)
         if all(kind == "none" for kind in kinds) and self.reference.kl_coef == 0:
             raise ValueError("the objective is empty: turn on divergence, verifier, anchor or reference")
+        return self
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> ObjectiveConfig:
+        """A bound, mask or weight moved off its default must have a term to act on."""
+        policy_gradient = self.divergence.kind == "sampled_pg" or self.verifier.kind != "none"
+        without_effect: list[tuple[str, str, str]] = []
+        if not policy_gradient:
+            without_effect += [("stabiliser", key, "policy gradient") for key in _POLICY_GRADIENT_KEYS]
+        if not self.needs_teacher:
+            without_effect += [("stabiliser", key, "teacher term") for key in _TEACHER_KEYS]
+            without_effect += [("weights", key, "teacher term") for key in Weights.model_fields]
+            without_effect += [("masks", "special_tokens", "teacher term")]
+        for block, key, term in without_effect:
+            section = getattr(self, block)
+            if getattr(section, key) != type(section).model_fields[key].default:
+                raise ValueError(f"{block}.{key} acts on the {term}, and this objective has none: leave it out")
         return self
 
     @property

@@ -1,13 +1,14 @@
 """The preset table: a named objective is a choice of blocks and nothing else.
 
-Settings left out take the block's default. ``off`` is the plain estimator without AgentOPD's bounds.
+Settings left out take the block's default. The published estimators are given without AgentOPD's bounds; a bound that
+a preset has no term for stays at its default, where it does nothing.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_OFF: dict[str, Any] = {"cap": None, "sequence_budget": None, "max_prob_drop": None, "clip_high": 0.2}
+_UNBOUNDED: dict[str, Any] = {"cap": None, "sequence_budget": None}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "verifier_calibrated": {
@@ -18,25 +19,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "opd": {
         "divergence": {"kind": "sampled_pg"},
-        "stabiliser": {**_OFF, "tis_cap": 5.0},
+        "stabiliser": {**_UNBOUNDED, "max_prob_drop": None, "clip_high": 0.2, "tis_cap": 5.0},
         "masks": {"special_tokens": False},
     },
     "topk_opd": {
         "divergence": {"kind": "topk_rkl", "top_k": 32, "tail": "bucket"},
-        "stabiliser": {**_OFF},
+        "stabiliser": _UNBOUNDED,
         "masks": {"special_tokens": False},
     },
     "grpo": {
         "divergence": {"kind": "none"},
         "verifier": {"kind": "grpo"},
-        "stabiliser": {**_OFF, "clip_high": 0.28},
-        "masks": {"special_tokens": False},
+        "stabiliser": {"max_prob_drop": None},
     },
     "sft": {
         "source": "gold",
         "divergence": {"kind": "none"},
-        "stabiliser": {**_OFF},
-        "masks": {"special_tokens": False},
         "anchor": {"kind": "gold_nll"},
     },
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from agentopd.config.base import Section
+from agentopd.config.base import OFF, Section
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.types import Limits
 
@@ -33,6 +33,12 @@ class SkillConfig(Section):
     """Cap on distinct training tasks; None takes what the source has (a procedural source has no end)."""
     limits: Limits | None = None
     """Overrides the tasks' own limits."""
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _limits_left_open(cls, data: Any) -> Any:
+        """``Limits`` is a record, not a section: a limit spelled "none" is one that is left out."""
+        return {key: value for key, value in data.items() if value != OFF} if isinstance(data, dict) else data
 
 
 class SuiteConfig(Section):

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from agentopd.contracts import AssistantTurn, EpisodeContext, StepResult
 from agentopd.errors import EnvironmentFault, TaskError, ToolError, boundary
+from agentopd.registry import datasets
 from agentopd.types import (
     JSON,
     Event,
@@ -89,10 +90,11 @@ class BaseEnvironment:
     @classmethod
     def load_tasks(cls, split: Split, source: str, limit: int | None, seed: int) -> Iterable[Task]:
         """Tasks of one split from a named source; see the protocol. Generated tasks are split by their content."""
-        if source not in cls.sources:
-            raise TaskError(f"environment {cls.name!r} has no task source {source!r}; known: {', '.join(cls.sources)}")
         if source in cls.loaders:
             return cls.loaders[source](split, limit, seed)
+        if source not in cls.sources:
+            registered: TaskLoader = datasets.get(source)
+            return registered(split, limit, seed)
         drawn = procedural(cls.generate, _content, split, limit, seed, cls.name)
         return (task.model_copy(update={"id": task_id, "split": split, "seed": seed}) for task_id, task in drawn)
 

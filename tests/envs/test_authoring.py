@@ -294,7 +294,7 @@ def test_an_environment_that_cannot_be_judged_or_fed_says_so():
         Bare.verifier_for(bench_task())
     with pytest.raises(TaskError, match="write `generate`"):
         list(Bare.load_tasks("train", "micro", 1, 0))
-    with pytest.raises(TaskError, match="no task source 'gsm8k'; known: micro"):
+    with pytest.raises(RegistryError, match="unknown dataset 'gsm8k'"):
         Bare.load_tasks("train", "gsm8k", 1, 0)
 
 
