@@ -184,3 +184,12 @@ def test_a_registered_suite_is_found_by_name(tmp_path):
 )
 def test_a_setting_without_effect_is_refused(config_file, preset, override, term):
     assert term in refusal(config_file, f"objective.preset={preset}", override)
+
+
+def test_a_suite_file_can_be_replaced_and_overridden(tmp_path):
+    (tmp_path / "one.toml").write_text('[[skills]]\nname = "repair"\nenv = "code_repair"\n')
+    (tmp_path / "two.toml").write_text('[[skills]]\nname = "store"\nenv = "tool_use"\n')
+    path = tmp_path / "run.toml"
+    path.write_text('suite = "one.toml"\n[teachers.default]\nmodel = "t"\n')
+    assert load_run_config(path, ["suite.skills.repair.weight=3"]).suite.skills[0].weight == 3
+    assert load_run_config(path, ["suite.skills.store.weight=2", "suite=two.toml"]).suite.skills[0].weight == 2

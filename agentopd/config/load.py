@@ -56,10 +56,15 @@ def dump_toml(config: Section) -> str:
 
 def _raw(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     raw = _read_toml(path, "config")
-    for override in overrides:
+    # Another suite is picked before anything inside it is overridden.
+    picks_suite = [text for text in overrides if text.partition("=")[0].strip() == "suite"]
+    for override in picks_suite:
         _apply(raw, override)
     if isinstance(raw.get("suite"), str):
         raw["suite"] = _suite_table(_beside(path, raw["suite"]))
+    for override in overrides:
+        if override not in picks_suite:
+            _apply(raw, override)
     return raw
 
 
