@@ -4,6 +4,8 @@ VENV ?= .venv
 PIP_FLAGS ?=
 # Pinned first, so that nothing below pulls another build of it.
 TORCH ?= torch==2.13.0
+# One test process per core, each with one torch thread.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks
@@ -24,16 +26,16 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 test: install  ## every tier this machine can run; the others say why they were skipped
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: install  ## the tier that runs in under a minute
-	$(BIN)/python -m pytest -m "not slow and not vllm and not docker and not gpu"
+	$(PYTEST) -m "not slow and not vllm and not docker and not gpu"
 
 check: install  ## format, lint, types, tests
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: install
 	$(BIN)/ruff format $(SOURCES)

@@ -122,13 +122,20 @@ def _ordered(groups: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 def _chart(chart_id: str, keys: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Chart | None:
     series = [
-        Series(name, [(row["step"], _value(row, key)) for row in rows if key in row]) for name, key in keys.items()
+        Series(name, [(row["step"], _value(row, key)) for row in rows if key in row])
+        for name, key in _skills_first(keys)
     ]
     values = [y for one in series for _, y in one.points if y is not None]
     percent = bool(SHARE.search(chart_id)) and all(0 <= value <= 1 for value in values)
     tail = chart_id.rpartition("/")[2]
     title = KNOWN_TITLES.get(chart_id) or KNOWN_TITLES.get(tail) or tail.replace("_", " ").capitalize()
     return line_chart(title, chart_id, series, percent)
+
+
+def _skills_first(keys: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Skills before the overall curve, so that a skill has the same colour in every chart."""
+    ordered = sorted(keys.items(), key=lambda item: item[0] == item[1])
+    return [("all skills" if name == key and len(keys) > 1 else name, key) for name, key in ordered]
 
 
 def _value(row: Mapping[str, Any], key: str) -> float | None:

@@ -101,7 +101,8 @@ def test_repair_wording(play, trusting_sandbox):
         assert (eval(match[5], {}, scope), eval(spoken, {}, scope)) == (int(match[8]), int(match[9]))
         (changed,) = [i for i, (a, b) in enumerate(zip(match[5].split(), spoken.split(), strict=True)) if a != b]
         kinds.add(changed)
-        assert len(task.hidden["cases"]) == 6
+        (hidden,) = task.hidden["cases"]
+        assert len(hidden["args"]) == len(hidden["expected"]) == 6
     assert kinds == {0, 1, 2, 3, 4}, "both variables, both operators and the constant get broken"
     schemas = {
         schema.name: list(schema.parameters["properties"]) for schema in CodeRepairEnvironment.tool_schemas(task)
