@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from agentopd.config import PRESETS, SUMMARIES, dump_toml, load_run_config, load_suite
+from agentopd.config.load import resolve_objective
 from agentopd.errors import ConfigError
 
 MINIMAL = """
@@ -193,3 +194,10 @@ def test_a_suite_file_can_be_replaced_and_overridden(tmp_path):
     path.write_text('suite = "one.toml"\n[teachers.default]\nmodel = "t"\n')
     assert load_run_config(path, ["suite.skills.repair.weight=3"]).suite.skills[0].weight == 3
     assert load_run_config(path, ["suite.skills.store.weight=2", "suite=two.toml"]).suite.skills[0].weight == 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_another_preset_drops_the_block_settings_of_the_file(preset):
+    quickstart = Path(__file__).parent.parent / "configs/quickstart.toml"
+    config = load_run_config(quickstart, [f"objective.preset={preset}"])
+    assert config.objective == resolve_objective(preset)

@@ -62,8 +62,13 @@ def _raw(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         _apply(raw, override)
     if isinstance(raw.get("suite"), str):
         raw["suite"] = _suite_table(_beside(path, raw["suite"]))
+    # Block settings of the file were chosen beside the file's preset: picking another one starts from its own.
+    picks_preset = [text for text in overrides if text.partition("=")[0].strip() == "objective.preset"]
+    for override in picks_preset:
+        raw["objective"] = {}
+        _apply(raw, override)
     for override in overrides:
-        if override not in picks_suite:
+        if override not in picks_suite and override not in picks_preset:
             _apply(raw, override)
     return raw
 
