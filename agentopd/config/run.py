@@ -85,6 +85,8 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     batch_size: int = Field(256, ge=1)
     """Sequences decoded at once by the in-process engine."""
+    turn_cache_mb: int = Field(1024, ge=0)
+    """Memory for keys and values kept between the turns of an episode; 0 prefills the whole prompt every turn."""
     codec: str = "hermes_json"
     max_malformed: int = Field(3, ge=1)
     """Malformed tool calls that end an episode."""
