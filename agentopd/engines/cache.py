@@ -24,6 +24,9 @@ class BufferedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not 
     transformers' own layer concatenates, which copies everything cached for every token sampled.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.length = 0
