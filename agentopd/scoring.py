@@ -27,7 +27,9 @@ async def judge(task: Task, episode: Episode, verifier: Verifier, sandbox: Sandb
     for _ in range(_ATTEMPTS):
         try:
             with boundary(InfraError, f"verifier {verifier.name!r} on task {task.id!r}"):
-                return await verifier.verify(task, episode, sandbox)
+                verdict = await verifier.verify(task, episode, sandbox)
+            _check_certificates(verdict, episode, f"verifier {verifier.name!r} on task {task.id!r}")
+            return verdict
         except TaskError as exc:
             return Verdict.unjudged(VerdictStatus.TASK_ERROR, str(exc), verifier=verifier.name)
         except SandboxError as exc:
@@ -35,6 +37,13 @@ async def judge(task: Task, episode: Episode, verifier: Verifier, sandbox: Sandb
         except InfraError as exc:
             return Verdict.unjudged(VerdictStatus.INFRA_ERROR, str(exc), verifier=verifier.name)
     return Verdict.unjudged(VerdictStatus.INFRA_ERROR, fault, verifier=verifier.name)
+
+
+def _check_certificates(verdict: Verdict, episode: Episode, who: str) -> None:
+    """Raise ``InfraError`` where a certificate covers nothing: whoever wrote it judged another episode."""
+    for certificate in verdict.certificates:
+        if problem := certificate.problem(episode):
+            raise InfraError(f"{who}: its {certificate.kind!r} certificate {problem}")
 
 
 async def gather_evidence(

@@ -161,14 +161,20 @@ class Turn(Record):
 
     ``token_ids`` and ``rollout_logprobs`` have one entry per sampled token; ``observation_ids`` is what the rollout
     layer appended after them (tool results and the next generation prompt), never trained on.
+
+    ``token_ends`` and ``call_spans`` let a judge name the tokens of a piece of ``text``; both are empty where unknown.
     """
 
     token_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]
     observation_ids: tuple[int, ...] = ()
     text: str = ""
+    token_ends: tuple[int, ...] = ()
+    """Characters of ``text`` that are written once each token is read, one entry per token."""
     tool_calls: tuple[ToolCall, ...] = ()
     malformed: tuple[MalformedCall, ...] = ()
+    call_spans: tuple[tuple[int, int], ...] = ()
+    """Character ranges [start, end) of ``tool_calls``, then of ``malformed``."""
     results: tuple[Message, ...] = ()
     finish_reason: Literal["stop", "length"] = "stop"
     weight_version: int = 0
@@ -177,7 +183,18 @@ class Turn(Record):
     def _aligned(self) -> Turn:
         if len(self.token_ids) != len(self.rollout_logprobs):
             raise ValueError(f"{len(self.token_ids)} token_ids but {len(self.rollout_logprobs)} rollout_logprobs")
+        if self.token_ends and len(self.token_ends) != len(self.token_ids):
+            raise ValueError(f"{len(self.token_ids)} token_ids but {len(self.token_ends)} token_ends")
+        calls = len(self.tool_calls) + len(self.malformed)
+        if self.call_spans and len(self.call_spans) != calls:
+            raise ValueError(f"{calls} calls but {len(self.call_spans)} call_spans")
         return self
+
+    def token_span(self, start: int, end: int) -> tuple[int, int] | None:
+        """Tokens [first, last) whose text begins inside characters [start, end); None if there are none, or unknown."""
+        begins = (0, *self.token_ends[:-1]) if self.token_ends else ()
+        inside = [index for index, begin in enumerate(begins) if start <= begin < end]
+        return (inside[0], inside[-1] + 1) if inside else None
 
 
 class Event(Record):
@@ -278,14 +295,29 @@ UNJUDGED = frozenset({VerdictStatus.AMBIGUOUS, VerdictStatus.INFRA_ERROR, Verdic
 
 
 class StepCertificate(Record):
-    """The judge's own evidence on part of a turn: ``sign`` +1 good, -1 bad; [start, end) index the turn's ids."""
+    """The judge's own evidence on part of a turn: ``sign`` +1 good, -1 bad; [start, end) index the turn's ids.
 
-    turn: int
+    ``end`` None is the end of the turn. Where two certificates overlap, the later one holds.
+    """
+
+    turn: int = Field(ge=0)
     sign: Literal[-1, 1]
     kind: str
-    start: int = 0
-    end: int | None = None
+    start: int = Field(0, ge=0)
+    end: int | None = Field(None, ge=1)
     detail: str = ""
+
+    def problem(self, episode: Episode) -> str:
+        """Why it covers no token of ``episode``, in words; '' if it does."""
+        if self.turn >= len(episode.turns):
+            return f"names turn {self.turn}, and the episode has {len(episode.turns)}"
+        sampled = len(episode.turns[self.turn].token_ids)
+        end = sampled if self.end is None else self.end
+        # An episode without token ids (a script without a tokenizer) has whole turns only.
+        whole = self.start == 0 and self.end is None
+        if not whole and not self.start < end <= sampled:
+            return f"covers tokens [{self.start}, {end}) of turn {self.turn}, which has {sampled}"
+        return ""
 
 
 class Flag(Record):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from agentopd.types import Episode, Message, Privileged, StopReason, Task, Turn, Verdict, VerdictStatus
+from agentopd.types import Episode, Message, Privileged, StepCertificate, StopReason, Task, Turn, Verdict, VerdictStatus
 
 ids = st.lists(st.integers(0, 500), max_size=6)
 
@@ -52,6 +52,35 @@ def test_records_are_frozen_and_strict():
 def test_a_turn_refuses_misaligned_logprobs():
     with pytest.raises(ValidationError, match="2 token_ids but 1 rollout_logprobs"):
         Turn(token_ids=(1, 2), rollout_logprobs=(0.0,))
+
+
+def test_a_turn_refuses_misaligned_evidence():
+    with pytest.raises(ValidationError, match="2 token_ids but 1 token_ends"):
+        Turn(token_ids=(1, 2), rollout_logprobs=(0.0, 0.0), token_ends=(3,))
+    with pytest.raises(ValidationError, match="0 calls but 1 call_spans"):
+        Turn(token_ids=(), rollout_logprobs=(), call_spans=((0, 1),))
+
+
+@pytest.mark.parametrize("fields", [{"turn": -1}, {"start": -1}, {"end": 0}, {"sign": 0}])
+def test_a_certificate_refuses_what_it_cannot_mean(fields):
+    with pytest.raises(ValidationError):
+        StepCertificate(**{"turn": 0, "sign": 1, "kind": "x", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"turn": 1}, ""),
+        ({"turn": 0, "start": 1, "end": 2}, ""),
+        ({"turn": 2}, "names turn 2, and the episode has 2"),
+        ({"turn": 0, "start": 2, "end": 2}, "covers tokens [2, 2) of turn 0, which has 2"),
+        ({"turn": 0, "end": 3}, "covers tokens [0, 3) of turn 0, which has 2"),
+        ({"turn": 0, "start": 7}, "covers tokens [7, 2) of turn 0, which has 2"),
+    ],
+)
+def test_a_certificate_knows_whether_it_covers_anything(fields, problem):
+    built = episode([0], turns([(1, 2), ()], [(), ()]))
+    assert StepCertificate(sign=1, kind="x", **fields).problem(built) == problem
 
 
 def test_the_student_view_holds_no_secret():

@@ -36,6 +36,19 @@ class ToolCodec(Protocol):
         ...
 
 
+def call_spans(text: str, codec: ToolCodec, num_calls: int, num_malformed: int) -> tuple[tuple[int, int], ...]:
+    """Character ranges of a turn's calls, then of its malformed calls; () if the codec's ranges do not tell."""
+    spans = codec.spans(text)
+    if len(spans) != num_calls + num_malformed:
+        return ()
+    if not num_malformed:
+        return tuple(spans)
+    # A call can be malformed by where it stands (too many, an unclosed think block); those come last.
+    calls = [span for span in spans if codec.parse(text[slice(*span)])[0]][:num_calls]
+    rest = [span for span in spans if span not in calls]
+    return (*calls, *rest) if len(calls) == num_calls else ()
+
+
 @dataclass(frozen=True)
 class _Found:
     start: int

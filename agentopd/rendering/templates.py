@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,31 @@ class ChatRenderer:
     def decode_turn(self, ids: Sequence[int]) -> str:
         """Text of sampled ids, markers verbatim, without the end-of-turn token."""
         body = ids[:-1] if ids and ids[-1] in self.end_of_turn_ids else ids
-        return str(self.tokenizer.decode(list(body), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self._decode(list(body))
+
+    def token_ends(self, ids: Sequence[int], text: str) -> tuple[int, ...]:
+        """Characters of ``text`` (their ``decode_turn``) written once each id is read; () if they cannot be told.
+
+        A character that several tokens spell counts with the last of them.
+        """
+        body = list(ids[:-1] if ids and ids[-1] in self.end_of_turn_ids else ids)
+        pieces = [self._piece(token) for token in body]
+        ends = list(accumulate(map(len, pieces))) if "".join(pieces) == text else self._incremental_ends(body, text)
+        if (ends[-1] if ends else 0) != len(text):
+            return ()
+        return (*ends, *[len(text)] * (len(ids) - len(body)))
+
+    def _incremental_ends(self, body: list[int], text: str) -> list[int]:
+        """Where tokens do not decode alone: each is read with the last whole piece before it, as in streaming."""
+        ends: list[int] = []
+        before = read = done = 0
+        for index in range(len(body)):
+            seen, found = (self._decode(body[before:stop]) for stop in (read, index + 1))
+            if not found.endswith("\ufffd") or index + 1 == len(body):
+                done += len(found) - len(seen)
+                before, read = read, index + 1
+            ends.append(done)
+        return ends
 
     def token_classes(self, ids: Sequence[int]) -> npt.NDArray[np.int8]:
         """``TokenClass`` of each id; shape (T,). Depends on the id alone, so it may span a whole episode."""
@@ -107,8 +132,11 @@ class ChatRenderer:
     def _encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def _decode_one(self, token: int) -> str:
-        return str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self._decode([token])
 
     def _observe_ids(self, key: tuple[tuple[Any, str, str | None], ...]) -> tuple[int, ...]:
         messages = [Message(role=role, content=content, name=name) for role, content, name in key]

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from agentopd.contracts import AssistantTurn, Environment, EpisodeContext, Sandbox, StepResult
 from agentopd.errors import EnvironmentFault, ToolError
-from agentopd.rendering.codecs import ToolCodec
+from agentopd.rendering.codecs import ToolCodec, call_spans
 from agentopd.types import Episode, Event, Message, StopReason, Task, ToolSchema, Turn
 
 T = TypeVar("T")
@@ -55,6 +55,8 @@ class Act:
     logprobs: tuple[float, ...] = ()
     finish_reason: Literal["stop", "length"] = "stop"
     weight_version: int = 0
+    token_ends: tuple[int, ...] = ()
+    """See ``Turn``."""
 
 
 class Actor(Protocol):
@@ -169,8 +171,10 @@ class EpisodeRun:
                 token_ids=act.token_ids,
                 rollout_logprobs=act.logprobs,
                 text=act.text,
+                token_ends=act.token_ends,
                 tool_calls=calls,
                 malformed=malformed,
+                call_spans=call_spans(act.text, self.actor.codec, len(calls), len(malformed)),
                 finish_reason=act.finish_reason,
                 weight_version=act.weight_version,
             )

@@ -93,7 +93,8 @@ class _Student:
         made = await self._source.generate(self._index, request)
         text = self._renderer.decode_turn(made.token_ids)
         stopped = made.finish_reason == "stop"
-        return Act(text, made.token_ids, made.logprobs, "stop" if stopped else "length", made.weight_version)
+        ends = self._renderer.token_ends(made.token_ids, text)
+        return Act(text, made.token_ids, made.logprobs, "stop" if stopped else "length", made.weight_version, ends)
 
 
 class _Direct:

@@ -52,7 +52,9 @@ class _Script:
         if self._renderer is None:
             return Act(text)
         ids = self._renderer.encode_turn(text)
-        if len(ids) > room:
+        cut = len(ids) > room
+        if cut:
             ids = ids[:room]
-            return Act(self._renderer.decode_turn(ids), tuple(ids), (0.0,) * room, "length")
-        return Act(text, tuple(ids), (0.0,) * len(ids))
+            text = self._renderer.decode_turn(ids)
+        ends = self._renderer.token_ends(ids, text)
+        return Act(text, tuple(ids), (0.0,) * len(ids), "length" if cut else "stop", token_ends=ends)

@@ -33,6 +33,7 @@ from agentopd.types import (
 from agentopd_envs.function_verifier import register_score
 from agentopd_envs.splits import procedural
 from agentopd_envs.tools import Tool, tools_of
+from agentopd_verifiers.changes import changes
 
 TaskLoader = Callable[[Split, int | None, int], Iterable[Task]]
 """(split, limit, seed) → tasks."""
@@ -153,7 +154,8 @@ class ToolEnvironment(BaseEnvironment):
     """Tools are methods marked ``@tool``; a turn without calls ends the episode.
 
     Calls are answered one by one, in order, and recorded as events of kind ``tool_call`` (name, arguments, ok, result,
-    mutates), calls that could not be parsed as ``malformed_call``.
+    mutates, changes), calls that could not be parsed as ``malformed_call``. ``changes`` is what the call changed in
+    ``state()``, so that a judge can tell what each step did (``agentopd_verifiers.changes``).
     """
 
     _tools: ClassVar[dict[str, Tool]] = {}
@@ -216,13 +218,23 @@ class ToolEnvironment(BaseEnvironment):
         self._events.append(Event(turn=self._turn, kind=kind, data=data))
 
     async def _answer(self, call: ToolCall) -> Message:
+        before = copy.deepcopy(self.state())
         try:
             result, ok = await self.call_tool(call), True
         except ToolError as error:
             result, ok = f"error: {error}", False
         tool = self._tools.get(call.name)
         mutates = tool is not None and tool.mutates
-        self.record("tool_call", name=call.name, arguments=call.arguments, ok=ok, result=result, mutates=mutates)
+        changed = changes(before, self.state())
+        self.record(
+            "tool_call",
+            name=call.name,
+            arguments=call.arguments,
+            ok=ok,
+            result=result,
+            mutates=mutates,
+            changes=changed,
+        )
         return Message(role="tool", name=call.name, content=result)
 
     def _answer_malformed(self, call: MalformedCall) -> Message:

@@ -15,6 +15,7 @@ from agentopd_envs.cases import report, to_case
 from agentopd_envs.datasets import humanevalfix, quixbugs
 from agentopd_envs.micro import repair as micro
 from agentopd_envs.tools import tool
+from agentopd_verifiers.judge import PatchError
 
 
 @register_environment("code_repair")
@@ -80,15 +81,23 @@ class CodeRepairEnvironment(ToolEnvironment):
     @tool(mutates=True)
     def submit(self, code: str | None = None) -> str:
         """Hand in the program and finish. Args:
-        code: a whole new program to hand in instead of the current one
+        code: what to change first: a whole program, whole functions, search/replace blocks or a unified diff
         """
         if code is not None:
             if not self.task.public.get("accepts_program", True):
                 raise ToolError("submit takes no code here; use edit")
-            self._program = code
+            self._program = self._patched(code)
         self._submitted = True
         self.finish()
         return "submitted"
+
+    def _patched(self, code: str) -> str:
+        from agentopd_verifiers.patches import apply_patch  # its parser takes long to import
+
+        try:
+            return apply_patch(self._program, code)
+        except PatchError as exc:
+            raise ToolError(f"{exc}; nothing was handed in") from None
 
     def state(self) -> JSON:
         """The current program, and whether it was handed in."""

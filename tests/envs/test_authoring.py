@@ -191,6 +191,7 @@ def test_every_call_is_answered_and_recorded(made, answer):
         "ok": ok,
         "result": result.messages[0].content,
         "mutates": made.name == "put",
+        "changes": [{"path": ["ran"], "value": env.ran}] if env.ran else [],
     }
     assert bool(env.ran) == (ok and made.name == "put"), "arguments are checked before the tool runs"
 

@@ -3,6 +3,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agentopd.errors import ConfigError
 from agentopd.rendering import ChatRenderer, HermesJSON, TokenClass, assistant_text
@@ -149,6 +151,25 @@ def test_turns_encode_and_decode(make_tokenizer: MakeTokenizer) -> None:
     assert ids[-1] == chat.end_of_turn_id
     assert chat.decode_turn(ids) == text == chat.decode_turn(ids[:-1])
     assert chat.decode_turn([]) == "" == chat.decode_turn([chat.end_of_turn_id])
+
+
+@given(st.text(st.sampled_from("ab \n<>åé漢😀</tool_call>"), max_size=24), st.integers(0, 40))
+def test_every_token_says_how_much_text_it_leaves(make_tokenizer: MakeTokenizer, text: str, cut: int) -> None:
+    chat = renderer(make_tokenizer, CHATML)
+    ids = chat.encode_turn(text)
+    ends = chat.token_ends(ids, text)
+    assert len(ends) == len(ids) and list(ends) == sorted(ends) and ends[-1] == len(text)
+    for index, end in enumerate(ends):
+        assert chat.decode_turn(ids[: index + 1]).rstrip("\ufffd") == text[:end]
+    part = ids[: min(cut, len(ids))]
+    shorter = chat.decode_turn(part)
+    assert len(chat.token_ends(part, shorter)) == len(part)
+
+
+def test_text_that_the_ids_do_not_spell_has_no_ends(make_tokenizer: MakeTokenizer) -> None:
+    chat = renderer(make_tokenizer, CHATML)
+    assert chat.token_ends(chat.encode_turn("one"), "another") == ()
+    assert chat.token_ends([], "") == ()
 
 
 @pytest.mark.parametrize("markers", [True, False])

@@ -52,6 +52,20 @@ def test_what_a_finished_episode_records(make_task: MakeTask, counter: type[Any]
     assert counter.opened[0].closed == 1
 
 
+def test_a_turn_knows_the_tokens_of_its_calls(
+    make_task: MakeTask, counter: type[Any], talk: Talk, renderer: ChatRenderer
+) -> None:
+    said = f"So: {add(1)} <tool_call>{{}}</tool_call> {add(2)}"
+    turn = play(make_task(limits=Limits(max_turns=1)), counter, talk(said)).turns[0]
+    texts = [turn.text[start:end] for start, end in turn.call_spans]
+    assert texts == [add(1), add(2), "<tool_call>{}</tool_call>"]
+    for text, span in zip(texts, turn.call_spans, strict=True):
+        first, last = turn.token_span(*span) or (0, 0)
+        assert renderer.decode_turn(turn.token_ids[first:last]) == text
+    assert turn.token_span(0, len(said)) == (0, len(turn.token_ids) - 1)
+    assert turn.token_span(3, 3) is None
+
+
 def test_token_in_token_out(make_task: MakeTask, counter: type[Any], talk: Talk, renderer: ChatRenderer) -> None:
     engine = talk(add(1), add(2), "Three.")
     # Rendering any assistant message but the renderer's own stand-ins, or the prompt beside one, now fails.

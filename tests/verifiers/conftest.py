@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from agentopd.contracts import CaseResult, CaseStatus
+from agentopd.rendering import HermesJSON
+from agentopd.rollout import EpisodeSpec, RolloutOptions, run_scripted
 from agentopd.types import Episode, Event, Message, StopReason, Task, ToolCall, Turn
 
 RUNNER = """
@@ -122,6 +124,39 @@ def make_episode():
         )
 
     return build
+
+
+@pytest.fixture
+def act():
+    """Play scripted turns in an environment; every character the student wrote is a token of its own."""
+
+    def run(env_cls, task, turns, sandbox=None):
+        spec, options = EpisodeSpec(task, env_cls), RolloutOptions(sandbox=sandbox)
+        episode = asyncio.run(run_scripted(spec, turns, HermesJSON(), options=options))
+        return episode.model_copy(update={"turns": tuple(map(spelled, episode.turns))})
+
+    return run
+
+
+def spelled(turn):
+    """The turn with one token per character."""
+    n = len(turn.text)
+    tokens = {"token_ids": tuple(range(n)), "rollout_logprobs": (0.0,) * n, "token_ends": tuple(range(1, n + 1))}
+    return turn.model_copy(update=tokens)
+
+
+@pytest.fixture
+def certified():
+    """What a verdict certifies: (turn, sign, kind, the text covered)."""
+
+    def read(verdict, episode):
+        assert not any(item.problem(episode) for item in verdict.certificates)
+        return [
+            (item.turn, item.sign, item.kind, episode.turns[item.turn].text[item.start : item.end])
+            for item in verdict.certificates
+        ]
+
+    return read
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentopd.types import MalformedCall, VerdictStatus
+from agentopd.rendering import HermesJSON
+from agentopd.types import MalformedCall, Message, ToolCall, VerdictStatus
+from agentopd_envs.tool_use import ToolUseEnvironment
 from agentopd_verifiers.calls import CallsVerifier, call_matches, matching, value_matches
 
 TRUTH = {"geo.distance": {"start": ["New York", "NYC"], "km": [True], "digits": ["", 2]}}
@@ -113,6 +115,22 @@ def test_irrelevance(verdict):
 def test_no_call_where_one_is_wanted(verdict):
     assert verdict([TRUTH], [], "It is 5 km.").status is VerdictStatus.NO_ANSWER
     assert verdict([TRUTH], [], "geo.distance(start='NYC', km=True)").outcome == 0.0
+
+
+def test_each_call_is_certified_on_its_own_tokens(make_task, act, judge, certified):
+    functions = [{"name": name, "parameters": {"type": "object", "properties": {}}} for name in ("f", "g")]
+    task = make_task({"ground_truth": [{"f": {"x": [1]}}, {"g": {}}]}, {"functions": functions})
+    calls = [ToolCall(name="f", arguments={"x": 1}), ToolCall(name="f", arguments={"x": 2}), ToolCall(name="h")]
+    calls.append(calls[0])
+    episode = act(ToolUseEnvironment, task, [Message(role="assistant", content="So", tool_calls=tuple(calls))])
+    verdict = judge(CallsVerifier(), task, episode)
+    assert verdict.outcome == 0.0
+    assert certified(verdict, episode) == [
+        (0, sign, kind, HermesJSON().render(call))
+        for call, sign, kind in zip(
+            calls, (1, -1, -1), ("accepted_call", "unaccepted_call", "unaccepted_call"), strict=False
+        )
+    ]
 
 
 @pytest.mark.parametrize("truth", ["x", ["x"], [{"f": {}, "g": {}}], [{"f": {"x": 1}}]])

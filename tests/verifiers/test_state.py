@@ -1,11 +1,16 @@
 """State differences, the frame condition, and calls."""
 
+from types import MappingProxyType
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agentopd.errors import InfraError
-from agentopd.types import MalformedCall, VerdictStatus
+from agentopd.rendering import HermesJSON
+from agentopd.types import MalformedCall, Message, VerdictStatus
+from agentopd_envs import tool_turn
+from agentopd_envs.tool_use import ToolUseEnvironment
 from agentopd_verifiers.state import StateVerifier, state_diff
 
 INITIAL = {"stock": {"pears": 3, "figs": 5}, "orders": {"1": {"note": "Hi", "tags": ["a", "b"], "price": 1.0}}}
@@ -103,6 +108,81 @@ def test_certificates_come_from_the_event_log(verdict):
         (1, -1, "failed_call"),
         (2, 1, "required_call"),
     ]
+
+
+STOCK = {"pears": 3, "figs": 5}
+
+
+@pytest.fixture
+def played(make_task, act, judge, certified):
+    """Play turns in the real environment; the verdict and what it certifies."""
+
+    def run(*turns, initial=STOCK, goal=MappingProxyType({"pears": 4, "figs": 5}), **hidden):
+        task = make_task({"initial": initial, "goal": dict(goal), **hidden}, {"db": STOCK})
+        episode = act(ToolUseEnvironment, task, [*turns, Message(role="assistant", content="Done.")])
+        verdict = judge(StateVerifier(), task, episode)
+        return verdict, certified(verdict, episode)
+
+    return run
+
+
+def write(item, count):
+    return tool_turn("write", item=item, count=count)
+
+
+def text(message):
+    return HermesJSON().render(message.tool_calls[0])
+
+
+def test_calls_are_certified_by_what_they_did_to_the_database(played):
+    turns = (
+        tool_turn("read", item="pears"),
+        write("pears", 9),
+        write("figs", 6),
+        write("figs", 5),
+        write("pears", "many"),
+        write("pears", 4),
+        write("pears", 4),
+    )
+    verdict, found = played(*turns)
+    assert verdict.passed
+    assert found == [
+        (2, -1, "away_from_goal", text(turns[2])),
+        (3, 1, "towards_goal", text(turns[3])),
+        (4, -1, "failed_call", text(turns[4])),
+        (5, 1, "towards_goal", text(turns[5])),
+    ]
+
+
+def test_each_of_several_calls_in_a_turn_has_its_own_tokens(played):
+    good, bad = write("pears", 4), write("figs", 0)
+    both = Message(role="assistant", content="Now:", tool_calls=(*good.tool_calls, *bad.tool_calls))
+    verdict, found = played(both)
+    assert verdict.outcome == 0.0
+    assert found == [(0, 1, "towards_goal", text(good)), (0, -1, "away_from_goal", text(bad))]
+
+
+def test_a_call_that_helps_and_harms_is_not_certified(make_task, make_episode, judge):
+    initial, goal = {"a": 1, "b": 1}, {"a": 2, "b": 1}
+    log = [{"path": ["db", "a"], "value": 2}, {"path": ["db", "b"], "value": 7}]
+    episode = make_episode("x", calls=[("both", {}, True)], final_state={"db": {"a": 2, "b": 7}})
+    event = episode.events[0].model_copy(update={"data": {**episode.events[0].data, "changes": log}})
+    task = make_task({"initial": initial, "goal": goal})
+    assert judge(StateVerifier(), task, episode.model_copy(update={"events": (event,)})).certificates == ()
+
+
+def test_a_log_that_does_not_add_up_certifies_no_progress(played):
+    other = {"pears": 3, "figs": 4}
+    _, found = played(write("pears", 4), write("pears", -1), initial=other)
+    assert [kind for _, _, kind, _ in found] == ["failed_call"]
+
+
+def test_malformed_calls_are_bad_steps(played):
+    broken = Message(role="assistant", content="<tool_call>\n{oops}\n</tool_call>")
+    verdict, found = played(broken, write("pears", 4))
+    assert verdict.passed
+    assert found[0] == (0, -1, "malformed_call", broken.content)
+    assert [kind for _, _, kind, _ in found] == ["malformed_call", "towards_goal"]
 
 
 def test_a_missing_snapshot_is_an_infrastructure_fault(make_task, make_episode, judge):

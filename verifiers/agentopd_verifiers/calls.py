@@ -12,13 +12,15 @@ without schemas an argument does so if any accepted value is a float.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from agentopd.contracts import Sandbox
 from agentopd.errors import TaskError
 from agentopd.types import Episode, Task, VerdictStatus
 from agentopd_verifiers.judge import Finding, JudgingVerifier, hidden_field
+from agentopd_verifiers.steps import Call, Sign, Step, certify, malformed_steps, recorded_calls
 
 _IGNORED = re.compile(r"[ ,./\-_*^]")
 _OMITTED = ""
@@ -34,23 +36,35 @@ class CallsVerifier(JudgingVerifier):
     async def judge(self, task: Task, episode: Episode, sandbox: Sandbox | None) -> Finding:
         """Match ``tool_call`` events one to one with ``hidden.ground_truth``."""
         expected = [_accepted_call(call) for call in hidden_field(task, "ground_truth", list)]
-        made = [
-            (str(event.data.get("name")), event.data.get("arguments") or {})
-            for event in episode.events
-            if event.kind == "tool_call"
-        ]
+        recorded = recorded_calls(episode)
+        made = [(str(call.event.data.get("name")), call.event.data.get("arguments") or {}) for call in recorded]
         malformed = sum(len(turn.malformed) for turn in episode.turns)
         components = {"calls": float(len(made)), "expected": float(len(expected)), "malformed": float(malformed)}
         if not made:
-            return _without_calls(episode, bool(expected), malformed, components)
+            finding = _without_calls(episode, bool(expected), malformed, components)
+            return replace(finding, certificates=certify(episode, list(malformed_steps(episode))))
         floats = _float_arguments(task)
         agree = [[call_matches(call, accepted, floats) for call in made] for accepted in expected]
-        matched = matching(agree)
+        pairs = assignment(agree)
+        matched = len(pairs)
+        steps = [*_steps(recorded, pairs, agree), *malformed_steps(episode)]
         components["matched"] = float(matched)
         right = matched == len(expected) == len(made) and not malformed
         detail = "" if right else f"{matched} of {len(expected)} expected calls matched, {len(made)} made"
         status = VerdictStatus.OK if right else VerdictStatus.WRONG
-        return Finding(float(right), status, components=components, detail=detail)
+        certificates = certify(episode, steps)
+        return Finding(float(right), status, components=components, certificates=certificates, detail=detail)
+
+
+def _steps(calls: Sequence[Call], pairs: Mapping[int, int], agree: Sequence[Sequence[bool]]) -> Iterator[Step]:
+    """A matched call is right and one that fits nothing is wrong; one too many of a right call is not known."""
+    for index, call in enumerate(calls):
+        sign: Sign = 0
+        if index in pairs:
+            sign = 1
+        elif not any(row[index] for row in agree):
+            sign = -1
+        yield Step(call.event.turn, sign, "accepted_call" if sign > 0 else "unaccepted_call", call.span)
 
 
 def _without_calls(episode: Episode, wanted: bool, malformed: int, components: dict[str, float]) -> Finding:
@@ -139,6 +153,11 @@ def _standard(text: str) -> str:
 
 def matching(agree: Sequence[Sequence[bool]]) -> int:
     """Size of a maximum one-to-one matching; ``agree[i][j]``: expected i and made j may pair."""
+    return len(assignment(agree))
+
+
+def assignment(agree: Sequence[Sequence[bool]]) -> dict[int, int]:
+    """A maximum one-to-one matching: made j to expected i."""
     owner: dict[int, int] = {}
 
     def place(row: int, seen: set[int]) -> bool:
@@ -150,4 +169,6 @@ def matching(agree: Sequence[Sequence[bool]]) -> int:
                     return True
         return False
 
-    return sum(place(row, set()) for row in range(len(agree)))
+    for row in range(len(agree)):
+        place(row, set())
+    return owner

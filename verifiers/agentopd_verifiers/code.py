@@ -17,12 +17,15 @@ from typing import Any, ClassVar
 
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, Sandbox, SandboxLimits
 from agentopd.errors import SandboxError, TaskError, boundary
-from agentopd.types import Episode, Flag, Task, VerdictStatus
+from agentopd.types import Episode, Flag, StepCertificate, Task, VerdictStatus
 from agentopd_verifiers import hardcode
 from agentopd_verifiers.compare import COMPARATORS, matches
-from agentopd_verifiers.diff import Patch, Penalty, gated_reward, patch_penalty
-from agentopd_verifiers.judge import Finding, JudgingVerifier, hidden_field
+from agentopd_verifiers.diff import DEFAULT_BUDGET, Patch, Penalty, gated_reward, patch_penalty
+from agentopd_verifiers.edits import MAX_EDITS, edit_steps, find_edits
+from agentopd_verifiers.files import compare_files
+from agentopd_verifiers.judge import Finding, JudgingVerifier, PatchError, hidden_field
 from agentopd_verifiers.plain import decode_plain
+from agentopd_verifiers.steps import certify
 
 CACHED_PROGRAMS = 2048
 _STATUS = {
@@ -71,29 +74,51 @@ class CodeVerifier(JudgingVerifier):
         self._running: dict[str, asyncio.Future[Outcomes]] = {}
 
     async def judge(self, task: Task, episode: Episode, sandbox: Sandbox | None) -> Finding:
-        """Run the submitted program's cases, and the starting program's where partial credit needs them."""
+        """Run the submitted program's cases, and those of the programs before it where they are needed."""
         tests = _tests(task)
-        program = episode.final_state.get("program")
-        if not isinstance(program, str) or not episode.final_state.get("submitted"):
+        try:
+            program = _submitted(task, episode)
+        except PatchError as exc:
+            return Finding(0.0, VerdictStatus.FORMAT, detail=f"the patch does not apply: {exc}")
+        if program is None:
             return Finding(0.0, VerdictStatus.NO_ANSWER, detail="no program was submitted")
         if sandbox is None:
             raise SandboxError("the code verifier needs a sandbox and was given none")
         starter, gold = str(task.hidden.get("starter", "")), task.hidden.get("gold")
         mine = await self._outcomes(task, program, tests, sandbox)
-        passed = all(mine.passed.values()) and not mine.tampered
+        touched = compare_files(task.public.get("files") or {}, episode.final_state.get("files"))
+        tampered = mine.tampered or bool(touched.tests)
+        passed = all(mine.passed.values()) and not tampered
         before = None if passed or not starter else await self._outcomes(task, starter, tests, sandbox)
         p = 1.0 if passed else progress(tests, mine, before)
-        cost = patch_penalty(starter, program, gold) if starter else None
-        total = cost[0].total if cost else 0.0
+        cost = patch_penalty(starter, program, gold, _budget(task), touched.lines) if starter else None
         outcome = float(passed)
         return Finding(
             outcome,
-            _status(mine, passed),
-            reward=0.0 if mine.tampered else gated_reward(passed, p, total),
+            VerdictStatus.TAMPERED if tampered else _status(mine, passed),
+            reward=0.0 if tampered else gated_reward(passed, p, cost[0].total if cost else 0.0),
             components=_components(mine, outcome, p, cost),
-            flags=_flags(mine, tests, program, starter, gold),
+            certificates=[] if tampered else await self._certificates(task, episode, tests, sandbox, passed),
+            flags=[*_flags(mine, tests, program, starter, gold), *touched.flags()],
             detail="" if passed else f"{sum(mine.passed.values())} of {len(tests)} cases pass",
         )
+
+    async def _certificates(
+        self, task: Task, episode: Episode, tests: list[Test], sandbox: Sandbox, passed: bool
+    ) -> list[StepCertificate]:
+        """Each edit by what it did to the tests; a lone edit that solves the task says no more than the verdict."""
+        edits = find_edits(episode, str(task.public.get("program", task.hidden.get("starter", ""))))[-MAX_EDITS:]
+        if passed and len(edits) == 1:
+            edits = []
+        programs = {source for edit in edits for source in (edit.before, edit.after)}
+        found: dict[str, Mapping[str, bool]] = {}
+        for source in sorted(programs):
+            outcomes = await self._outcomes(task, source, tests, sandbox)
+            if not outcomes.tampered:
+                found[source] = outcomes.passed
+        ids = {test.case.id for test in tests}
+        shown = {str(row["id"]) for row in task.public.get("public_cases") or ()}
+        return certify(episode, edit_steps(episode, edits, found, ids - shown or ids))
 
     async def _outcomes(self, task: Task, source: str, tests: list[Test], sandbox: Sandbox) -> Outcomes:
         """Cached by task and program; concurrent requests for the same pair share one run."""
@@ -156,6 +181,32 @@ def progress(tests: list[Test], mine: Outcomes, before: Outcomes | None) -> floa
     return min(1.0, max(0.0, (fixed - broken) / total)) if total else 0.0
 
 
+def _submitted(task: Task, episode: Episode) -> str | None:
+    """The program that was handed in, or the starting program with the patch that was; None if nothing was.
+
+    Raises:
+        PatchError: if the patch does not apply.
+
+    """
+    state = episode.final_state
+    if not state.get("submitted"):
+        return None
+    if isinstance(patch := state.get("patch"), str):
+        from agentopd_verifiers.patches import apply_patch  # its parser takes long to import
+
+        return apply_patch(hidden_field(task, "starter", str), patch)
+    program = state.get("program")
+    return program if isinstance(program, str) else None
+
+
+def _budget(task: Task) -> float:
+    """``hidden.budget``: the cost, in changed lines, that is free where there is no gold patch to compare with."""
+    budget = task.hidden.get("budget", DEFAULT_BUDGET)
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
+        raise TaskError(f"hidden.budget is {budget!r}; give a number of changed lines above 0")
+    return float(budget)
+
+
 def _tests(task: Task) -> list[Test]:
     """Hidden and public cases, each id once."""
     rows = [*hidden_field(task, "cases", list), *(task.public.get("public_cases") or [])]
@@ -210,6 +261,7 @@ def _components(mine: Outcomes, outcome: float, p: float, cost: tuple[Penalty, P
         "penalty_unrelated": penalty.unrelated,
         "diff_lines": float(patch.lines),
         "diff_tokens": float(patch.tokens),
+        "diff_ast": float(patch.nodes),
         "diff_cost": patch.cost,
         "diff_parsed": float(patch.parsed),
     }

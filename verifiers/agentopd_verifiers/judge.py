@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from agentopd.contracts import Sandbox
-from agentopd.errors import TaskError
+from agentopd.errors import AgentOPDError, TaskError
 from agentopd.types import Episode, Flag, StepCertificate, StopReason, Task, Verdict, VerdictStatus
+
+
+class PatchError(AgentOPDError):
+    """A patch that does not apply: the student's doing, told in words."""
 
 
 @dataclass(frozen=True)

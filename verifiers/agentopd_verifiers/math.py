@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from agentopd.contracts import Sandbox
 from agentopd.errors import TaskError
-from agentopd.types import Episode, Flag, StepCertificate, Task, VerdictStatus
+from agentopd.types import Episode, Flag, Task, VerdictStatus
 from agentopd_verifiers import arithmetic, strict
-from agentopd_verifiers.extract import Extracted, extract_answer
+from agentopd_verifiers.extract import WINDOW, Extracted, extract_answer
 from agentopd_verifiers.judge import Finding, JudgingVerifier, hidden_field
 from agentopd_verifiers.latex import excess, tidy
+from agentopd_verifiers.steps import Step, certify
 from agentopd_verifiers.symbolic import Mode, SymbolicPool, SymbolicResult, SymbolicStatus
 
 Stage = Literal["strict", "symbolic", "both"]
@@ -74,23 +75,27 @@ class MathVerifier(JudgingVerifier):
         significant = task.hidden.get("significant", 6)
         if not isinstance(significant, int) or significant < 1:
             raise TaskError(f"hidden.significant is {significant!r}; give a number of digits")
-        steps = arithmetic.check_steps(episode.final_text)
-        components = {"steps_right": float(steps.right), "steps_wrong": float(steps.wrong)}
-        found = extract_answer(episode.final_text)
+        steps = worked_lines(episode)
+        signs = [step.sign for step in steps]
+        finding = await self._judge_answer(gold, episode.final_text, significant)
+        return replace(
+            finding,
+            components={"steps_right": float(signs.count(1)), "steps_wrong": float(signs.count(-1))},
+            certificates=certify(episode, steps),
+        )
+
+    async def _judge_answer(self, gold: str, text: str, significant: int) -> Finding:
+        found = extract_answer(text)
         if found is None:
-            return Finding(0.0, VerdictStatus.NO_ANSWER, components=components, detail="no final answer found")
+            return Finding(0.0, VerdictStatus.NO_ANSWER, detail="no final answer found")
         if found.refused:
             flag = Flag(code="refused_answer", detail=found.refused)
-            return Finding(0.0, VerdictStatus.FORMAT, components=components, flags=[flag], detail=found.refused)
+            return Finding(0.0, VerdictStatus.FORMAT, flags=[flag], detail=found.refused)
         verdict = await self._equivalent(gold, found.text, significant)
         outcome = None if verdict.equal is None else float(verdict.equal)
-        certified = outcome == 1.0 and steps.complete
-        last = len(episode.turns) - 1
         return Finding(
             outcome,
             verdict.status,
-            components=components,
-            certificates=[StepCertificate(turn=last, sign=1, kind="arithmetic")] if certified else [],
             detail=verdict.detail,
             evidence=_evidence(found, verdict),
         )
@@ -157,6 +162,15 @@ class _Pair:
     @property
     def texts(self) -> tuple[str, str]:
         return self.gold, self.answer
+
+
+def worked_lines(episode: Episode) -> list[Step]:
+    """Every line the student wrote, re-computed; lines that are not plain arithmetic stay unknown."""
+    return [
+        Step(index, line.sign, "arithmetic", (line.start, line.end), line.detail)
+        for index, turn in enumerate(episode.turns)
+        for line in arithmetic.check_lines(turn.text[-WINDOW:], max(0, len(turn.text) - WINDOW))
+    ]
 
 
 def _strict_stage(gold: str, answer: str, significant: int) -> Equivalence | list[_Pair]:

@@ -15,12 +15,15 @@ from typing import Any, ClassVar
 
 from agentopd.contracts import Sandbox
 from agentopd.errors import InfraError, TaskError
-from agentopd.types import Episode, Event, Flag, StepCertificate, Task, VerdictStatus
+from agentopd.types import Episode, Event, Flag, Task, VerdictStatus
+from agentopd_verifiers.changes import replay
 from agentopd_verifiers.compare import matches
 from agentopd_verifiers.judge import Finding, JudgingVerifier, hidden_field
+from agentopd_verifiers.steps import Call, Sign, Step, certify, malformed_steps, recorded_calls
 
 _ABSENT = object()
 Path = tuple[str, ...]
+Comparators = Sequence[tuple[str, Callable[[Any, Any], bool]]]
 
 
 def _casefold(a: Any, b: Any) -> bool:
@@ -75,15 +78,17 @@ class StateVerifier(JudgingVerifier):
         if "db" not in episode.final_state:
             raise InfraError(f"episode {episode.id}: the environment recorded no final database")
         found = state_diff(initial, goal, episode.final_state["db"], comparators)
-        calls = [event for event in episode.events if event.kind == "tool_call"]
+        made = recorded_calls(episode)
+        calls = [call.event for call in made]
         missing = [pattern for pattern in required if not any(_is_call(event, pattern) for event in calls)]
         crossed = [event for event in calls if any(_is_call(event, pattern) for pattern in forbidden)]
         right = not (found.unmet or found.broken or missing or crossed)
+        asked = _Goal(initial, goal, comparators, required, forbidden)
         return Finding(
             float(right),
             _status(right, episode, calls),
             components=_components(found, len(missing), len(crossed), calls),
-            certificates=list(_certificates(calls, required, forbidden)),
+            certificates=certify(episode, _steps(episode, made, asked)),
             flags=[Flag(code="forbidden_call", detail=str(event.data.get("name"))) for event in crossed],
             detail=_detail(found, missing),
         )
@@ -103,9 +108,7 @@ def _patterns(task: Task, key: str) -> list[Mapping[str, Any]]:
     return list(patterns)
 
 
-def state_diff(
-    initial: Any, goal: Any, final: Any, comparators: Sequence[tuple[str, Callable[[Any, Any], bool]]] = ()
-) -> StateDiff:
+def state_diff(initial: Any, goal: Any, final: Any, comparators: Comparators = ()) -> StateDiff:
     """Compare three databases field by field; a comparator on a path governs the whole subtree there."""
     goals: list[str] = []
     unmet: list[str] = []
@@ -171,23 +174,65 @@ def _components(found: StateDiff, missing: int, crossed: int, calls: Sequence[Ev
     }
 
 
-def _certificates(
-    calls: Sequence[Event], required: Sequence[Mapping[str, Any]], forbidden: Sequence[Mapping[str, Any]]
-) -> Iterator[StepCertificate]:
-    """A turn is certified where the event log alone says that all its calls were right, or all were wrong."""
-    turns: dict[int, list[tuple[int, str]]] = {}
-    for event in calls:
-        if not event.data.get("ok"):
-            found = (-1, "failed_call")
-        elif any(_is_call(event, pattern) for pattern in forbidden):
-            found = (-1, "forbidden_call")
-        else:
-            found = (int(any(_is_call(event, pattern) for pattern in required)), "required_call")
-        turns.setdefault(event.turn, []).append(found)
-    for turn, findings in sorted(turns.items()):
-        sign, kind = findings[0]
-        if sign and all(other == sign for other, _ in findings):
-            yield StepCertificate(turn=turn, sign=1 if sign > 0 else -1, kind=kind)
+@dataclass(frozen=True)
+class _Goal:
+    """What the task asks of the database and of the calls."""
+
+    initial: Mapping[str, Any]
+    goal: Mapping[str, Any]
+    comparators: Comparators
+    required: Sequence[Mapping[str, Any]]
+    forbidden: Sequence[Mapping[str, Any]]
+
+    def wrong(self, db: Any) -> frozenset[str]:
+        """The fields of a database that are not as the goal wants them."""
+        found = state_diff(self.initial, self.goal, db, self.comparators)
+        return frozenset((*found.unmet, *found.broken))
+
+
+def _steps(episode: Episode, calls: Sequence[Call], goal: _Goal) -> list[Step]:
+    """What the event log says of each call; a call without a known effect stays unknown."""
+    after = _databases(episode, calls, goal.initial)
+    wrong = [goal.wrong(db) for db in after]
+    steps = []
+    for index, call in enumerate(calls):
+        kept = (frozenset[str](), frozenset[str]())
+        sign, kind = _judge_call(call, goal, *(wrong[index : index + 2] if wrong else kept))
+        steps.append(Step(call.event.turn, sign, kind, call.span))
+    return [*steps, *malformed_steps(episode)]
+
+
+def _judge_call(call: Call, goal: _Goal, before: frozenset[str], after: frozenset[str]) -> tuple[Sign, str]:
+    """Sign and kind; ``before`` and ``after`` are the fields that are wrong around the call."""
+    if not call.ok:
+        return -1, "failed_call"
+    if any(_is_call(call.event, pattern) for pattern in goal.forbidden):
+        return -1, "forbidden_call"
+    towards, away = bool(before - after), bool(after - before)
+    if away:
+        return (0, "mixed") if towards else (-1, "away_from_goal")
+    if towards:
+        return 1, "towards_goal"
+    if any(_is_call(call.event, pattern) for pattern in goal.required):
+        return 1, "required_call"
+    return 0, "call"
+
+
+def _databases(episode: Episode, calls: Sequence[Call], initial: Mapping[str, Any]) -> list[Any]:
+    """The database before the first call and after each, from the log of changes; [] if that does not add up.
+
+    It does not where an environment keeps no such log, or changes its state outside of calls.
+    """
+    state: Any = {"db": initial}
+    found = [initial]
+    try:
+        for call in calls:
+            log = [entry for entry in call.event.data["changes"] if entry["path"][:1] == ["db"]]
+            state = replay(state, log) if log else state
+            found.append(state["db"])
+    except (KeyError, TypeError):
+        return []
+    return found if matches(episode.final_state["db"], found[-1], "strict") else []
 
 
 def _detail(found: StateDiff, missing: Sequence[Mapping[str, Any]]) -> str:
