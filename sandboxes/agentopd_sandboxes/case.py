@@ -1,8 +1,6 @@
-"""One case, from the inside: its init, the locks it puts on, and the untrusted program.
+"""One case, from the inside: the locks that depend on its limits, and the untrusted program.
 
-``init`` runs as the first process of fresh namespaces and forks the worker that locks itself down and becomes the
-payload. The init cannot be signalled or traced by the payload; when the payload ends it kills whatever the payload
-left running, waits until all of it is gone, and only then reports. Imports only the standard library.
+Runs in a process forked from its cell's, which has put on all other locks. Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -10,25 +8,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
-import json
 import math
 import os
-import random
 import resource
-import signal
 import sys
 import types
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from agentopd_sandboxes import landlock, linux, namespaces, wire
+from agentopd_sandboxes import landlock, wire
 
 READY = b"R"
 REPORT_FD = 3
-OPEN_FILES = 64
-LOW_FDS, MAX_FDS = 16, 1024
-"""Descriptors are moved above the first to free the fixed ones; the zygote never has as many as the second."""
-STACK_BYTES = 8 << 20
+LOW_FDS, MAX_FDS = 16, 64
+"""Descriptors are moved above the first to free the fixed ones; the cell never has as many as the second."""
+WORK = "/work"
 MAIN_FILE = "/work/solution.py"
 MODULE = "solution"
 DETAIL_CHARS = 2000
@@ -36,69 +29,23 @@ DETAIL_CHARS = 2000
 _OUT_OF = frozenset((errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EDQUOT, errno.EAGAIN))
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What every case needs from its zygote; none of it survives into the payload."""
-
-    proc: int
-    """Descriptor of the host's ``/proc``, for uid maps and for weighing."""
-    ruleset: int | None
-    filter: bytes
-
-
-def init(tools: Tools, limits: dict[str, Any], fds: list[int], status: int) -> NoReturn:
-    """Set up the case's directory, fork the worker, clean up after it, report how it ended. Never returns."""
+def main(limits: dict[str, Any], fds: list[int], ruleset: int | None, own_users: bool) -> NoReturn:
+    """Be a case. ``fds``: request, report, output, and a pipe that is told ``READY`` or a fault. Never returns."""
     try:
         os.setsid()
-        namespaces.write_maps(tools.proc, namespaces.NOBODY, namespaces.NOBODY)
-        namespaces.mount_case_directory(limits["file_mb"])
-        worker = os.fork()
-        if worker == 0:
-            _work(tools, limits, fds, status)
-        keep = {0, 1, 2, status}
-        for fd in fds:
-            if fd not in keep:
-                os.close(fd)
-        code, cpu_s = _outlive(worker)
-        _say(status, {"status": code, "cpu_s": cpu_s})
-    except BaseException as exc:
-        _say(status, {"fault": f"{type(exc).__name__}: {exc}"})
-    finally:
-        os._exit(0)
-
-
-def _say(status: int, report: dict[str, Any]) -> None:
-    os.write(status, json.dumps(report).encode() + b"\n")
-
-
-def _outlive(worker: int) -> tuple[int, float]:
-    """Wait for the worker, then kill and collect everything else in this pid namespace."""
-    while True:
-        pid, code, usage = os.wait4(-1, 0)
-        if pid == worker:
-            break
-    try:
-        os.kill(-1, signal.SIGKILL)
-        while True:
-            os.wait()
-    except (ProcessLookupError, ChildProcessError):
-        return code, usage.ru_utime + usage.ru_stime
-
-
-def _work(tools: Tools, limits: dict[str, Any], fds: list[int], status: int) -> NoReturn:
-    try:
         request = _read_request(fds[0])
         _write_files(request["files"], request["source"])
-        status = _arrange_descriptors(tools, fds, status)
-        _set_limits(limits)
-        _lock_down(tools)
+        if ruleset is not None:
+            landlock.restrict(ruleset)
+        status = _arrange_descriptors(fds)
+        _set_limits(limits, own_users)
         os.closerange(REPORT_FD + 1, status)
         os.closerange(status + 1, MAX_FDS)
-        _tidy_interpreter()
+        gc.enable()
         os.write(status, READY)
         os.close(status)
     except BaseException as exc:
-        _say(status, {"fault": f"{type(exc).__name__}: {exc}"})
+        os.write(fds[3], f"{type(exc).__name__}: {exc}".encode())
         os._exit(1)
     try:
         worker = os.getpid()
@@ -113,19 +60,17 @@ def _work(tools: Tools, limits: dict[str, Any], fds: list[int], status: int) -> 
 
 
 def _read_request(fd: int) -> dict[str, Any]:
-    raw = bytearray()
-    while chunk := os.pread(fd, 1 << 24, len(raw)):
-        raw += chunk
-    request: dict[str, Any] = wire.decode(bytes(raw), wire.MAX_REQUEST_NODES)
+    size = os.fstat(fd).st_size
+    raw = os.pread(fd, size, 0)
+    request: dict[str, Any] = wire.decode(raw, wire.MAX_REQUEST_NODES)
     return request
 
 
 def _write_files(files: dict[str, str], source: str) -> None:
-    os.chdir(namespaces.WORK)
+    os.chdir(WORK)
     for name, text in {**files, MAIN_FILE: source}.items():
-        directory = os.path.dirname(name)
-        if directory:
-            os.makedirs(directory, exist_ok=True)
+        if name is not MAIN_FILE and "/" in name:
+            os.makedirs(os.path.dirname(name), exist_ok=True)
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o400)
         left = memoryview(text.encode("utf-8", "surrogatepass"))
         while left:
@@ -133,57 +78,29 @@ def _write_files(files: dict[str, str], source: str) -> None:
         os.close(fd)
 
 
-def _arrange_descriptors(tools: Tools, fds: list[int], status: int) -> int:
+def _arrange_descriptors(fds: list[int]) -> int:
     """Put the report at its number, output at 1 and 2; returns where the status pipe now is."""
-    _, report, output = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, LOW_FDS) for fd in fds)
-    status = fcntl.fcntl(status, fcntl.F_DUPFD_CLOEXEC, LOW_FDS)
-    if tools.ruleset is not None and tools.ruleset <= REPORT_FD:
-        raise RuntimeError("the ruleset's descriptor is in the way")
+    _, report, output, status = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, LOW_FDS) for fd in fds)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.dup2(report, REPORT_FD, inheritable=False)
     return status
 
 
-def _set_limits(limits: dict[str, Any]) -> None:
-    memory = limits["memory_mb"] << 20
+def _set_limits(limits: dict[str, Any], own_users: bool) -> None:
     cpu_s = max(1, math.ceil(limits["cpu_s"]))
-    files = limits["file_mb"] << 20
-    for kind, most in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_FSIZE, files),
-        (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_NPROC, limits["processes"] + 1),  # the init counts too
-        (resource.RLIMIT_STACK, STACK_BYTES),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_MEMLOCK, 0),
-        (resource.RLIMIT_MSGQUEUE, 0),
-    ):
-        _, hard = resource.getrlimit(kind)
-        ceiling = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (ceiling, ceiling))
+    lower(resource.RLIMIT_AS, limits["memory_mb"] << 20)
+    lower(resource.RLIMIT_FSIZE, limits["file_mb"] << 20)
+    if own_users:
+        lower(resource.RLIMIT_NPROC, limits["processes"] + 1)  # the cell's own process counts too
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
 
 
-def _lock_down(tools: Tools) -> None:
-    linux.no_new_privileges()
-    linux.drop_capabilities()
-    if tools.ruleset is not None:
-        landlock.restrict(tools.ruleset)
-    linux.install_filter(tools.filter)
-
-
-def _tidy_interpreter() -> None:
-    """Leave the payload an interpreter that looks freshly started, and the same one every time."""
-    for name in [name for name in sys.modules if name.split(".")[0] == __package__]:
-        del sys.modules[name]
-    sys.modules["__main__"].__dict__.clear()
-    os.environ.clear()
-    os.environ.update({"HOME": namespaces.WORK, "TMPDIR": namespaces.TMP, "LANG": "C.UTF-8"})
-    sys.argv[:] = [MAIN_FILE]
-    sys.path.insert(0, namespaces.WORK)
-    random.seed(0)
-    gc.enable()
+def lower(kind: int, most: int) -> None:
+    """Set a resource limit, hard and soft, without raising the one in force."""
+    _, hard = resource.getrlimit(kind)
+    ceiling = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (ceiling, ceiling))
 
 
 # --- the untrusted part ----------------------------------------------------------------------------------------------

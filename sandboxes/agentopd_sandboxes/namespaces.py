@@ -32,8 +32,8 @@ ZYGOTE_FLAGS = (
     | linux.CLONE_NEWUTS
     | linux.CLONE_NEWCGROUP
 )
-CASE_FLAGS = linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWIPC
-"""The empty network namespace is the zygote's: nothing in it outlives the processes of a case."""
+CELL_FLAGS = linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWIPC
+"""The empty network namespace is the zygote's: nothing in it outlives the processes of a cell."""
 
 _OLD = "/old"
 _DEVICES = ("null", "zero", "full", "random", "urandom")
@@ -162,8 +162,13 @@ def _bind_device(path: str) -> None:
 
 
 def mount_case_directory(file_mb: int) -> None:
-    """Mount the one writable place of a case; the caller is in the case's own mount namespace."""
-    options = f"size={DISK_FILES * file_mb}m,nr_inodes={INODES},mode=755"
+    """Mount the one writable place of a cell; the caller is in the cell's own mount namespace."""
+    options = f"size={DISK_FILES * file_mb}m,nr_inodes={INODES},mode=700"
     linux.mount("tmpfs", CASE_DIR, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC, options)
+    make_case_directories(CASE_DIR)
+
+
+def make_case_directories(directory: str) -> None:
+    """What ``/work``, ``/tmp`` and ``/dev/shm`` point to."""
     for name in ("work", "tmp", "shm"):
-        os.mkdir(f"{CASE_DIR}/{name}", 0o700)
+        os.mkdir(f"{directory}/{name}", 0o700)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, SandboxLimits
-from agentopd.errors import TaskError
+from agentopd.errors import TaskError, UserError
 from agentopd_sandboxes import wire
 
 
@@ -25,6 +25,21 @@ class Outcome:
     wall_ms: float
     report: bytes
     output: bytes
+
+
+def checked(limits: SandboxLimits) -> SandboxLimits:
+    """The limits, if each is positive; ``UserError`` otherwise."""
+    for name in ("wall_s", "cpu_s", "memory_mb", "processes", "output_bytes", "file_mb"):
+        if getattr(limits, name) <= 0:
+            raise UserError(f"sandbox limit {name} is {getattr(limits, name)}; give a positive number")
+    return limits
+
+
+def checked_workers(workers: int | None) -> int:
+    """How many cases run at once; None is one per processor."""
+    if workers is not None and workers < 1:
+        raise UserError(f"a sandbox needs at least one worker, not {workers}")
+    return workers or os.cpu_count() or 1
 
 
 def new_request_id() -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Collection
 
 from agentopd_sandboxes.linux import CLONE_NEW_ANY
 
@@ -111,6 +112,24 @@ _SOCKETPAIR = (53, 199)
 _IOCTL = (16, 29)
 _TTY_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
 _AF_UNIX = 1
+_SIGNALS = {
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_open": (434, 434),
+}
+"""Calls that reach another process by the number in their first argument."""
+_ON_OTHERS = {
+    "prlimit64": (302, 261),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
+}
+"""Calls that a case may make on itself (first argument 0) and on nobody else."""
+EVERYBODY = -1
 
 _LOAD, _JUMP_EQ, _JUMP_GT, _JUMP_SET, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _NR_AT, _ARCH_AT, _ARG0_AT, _ARG1_AT = 0, 4, 16, 24
@@ -135,9 +154,16 @@ def _for_call(number: int, body: bytes) -> bytes:
     return _op(_JUMP_EQ, number, if_false=len(body) // 8) + body
 
 
-def build_filter(machine: str) -> bytes:
-    """The BPF program for ``x86_64`` or ``aarch64``."""
+def build_filter(machine: str, guarded: Collection[int] = ()) -> bytes:
+    """The BPF program for ``x86_64`` or ``aarch64``. With ``guarded`` pids, signals to those and to all are refused."""
     column = _COLUMN[machine]
+    out_of_reach = b"".join(
+        _when(_ARG0_AT, _JUMP_EQ, pid & 0xFFFFFFFF, _refuse(errno.EPERM))
+        for pid in {EVERYBODY, *guarded, *(-pid for pid in guarded)}
+    )
+    itself = (
+        _op(_LOAD, _ARG0_AT) + _op(_JUMP_EQ, 0, if_true=1) + _op(_RETURN, _refuse(errno.EPERM)) + _op(_LOAD, _NR_AT)
+    )
     denied = sorted({numbers[column] for numbers in _DENIED.values()} - {_ABSENT})
     not_unix = (
         _op(_LOAD, _ARG0_AT)
@@ -161,6 +187,8 @@ def build_filter(machine: str) -> bytes:
             _for_call(_SOCKET[column], not_unix),
             _for_call(_SOCKETPAIR[column], not_unix),
             _for_call(_IOCTL[column], injection),
+            *(_for_call(numbers[column], out_of_reach) for numbers in _SIGNALS.values() if guarded),
+            *(_for_call(numbers[column], itself) for numbers in _ON_OTHERS.values()),
             *(_for_call(number, _op(_RETURN, _refuse(errno.EPERM))) for number in denied),
             _op(_RETURN, _ALLOW),
         )

@@ -1,4 +1,4 @@
-"""The judge's end of one zygote: start it, send it cases, know when it died."""
+"""The judge's end of a zygote and of its cells: start them, send cases, know when one died."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from typing import Any
 from agentopd.contracts import SandboxLimits
 from agentopd.errors import SandboxError, boundary
 from agentopd_sandboxes import linux, wire
+from agentopd_sandboxes.cell import PATIENCE
 from agentopd_sandboxes.protocol import Outcome
 from agentopd_sandboxes.remedies import remedy
 
 START_S = 60.0
 GRACE_S = 30.0
-"""How much longer than the zygote's own deadline the judge waits before it gives the zygote up."""
+"""How much longer than a cell's own deadline the judge waits before it gives the cell up."""
 REPLY_BYTES = 64 * 1024
 STOP_S = 10.0
 
@@ -33,17 +34,17 @@ _BOOT = (
 )
 
 
-class ZygoteDied(SandboxError):
-    """The zygote, or the init of a case, ended without a word. Whose fault that was is not known yet."""
+class CellDied(SandboxError):
+    """A zygote or a cell ended without a word. Whose fault that was is not known yet."""
 
 
 class Zygote:
-    """A running zygote. One request at a time; after any error it is closed and never used again."""
+    """A running zygote, which makes cells; after any error it is closed and never used again."""
 
     def __init__(self) -> None:
         if linux.MACHINE not in linux.SUPPORTED_MACHINES:
             raise SandboxError(f"the jail sandbox runs on {', '.join(linux.SUPPORTED_MACHINES)}, not {linux.MACHINE}")
-        self.runs = 0
+        self.cells = 0
         self.capabilities: frozenset[str] = frozenset()
         self._errors = os.memfd_create("errors")
         self._socket, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -74,57 +75,27 @@ class Zygote:
         """Wait until it serves; ``SandboxError`` names what to change if it cannot."""
         try:
             async with asyncio.timeout(START_S):
-                hello = await self._receive()
-        except (ZygoteDied, TimeoutError):
+                hello = await _receive(self._socket)
+        except (CellDied, TimeoutError):
             said = os.pread(self._errors, 2000, 0).decode(errors="replace").strip()
             raise SandboxError(f"a sandbox worker did not start: {said or 'no message'}") from None
         if "fault" in hello:
             raise SandboxError(remedy(hello["fault"], hello["errno"]))
         self.capabilities = frozenset(hello["capabilities"])
 
-    async def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
-        """Run one encoded request in a fresh process.
-
-        Raises ``SandboxError`` if the sandbox could not be set up, ``ZygoteDied`` if it went silent.
-        """
-        self.runs += 1
-        with boundary(SandboxError, "running a case"), ExitStack() as stack:
-            files = [os.memfd_create(name) for name in ("request", "report", "output")]
-            for file in files:
-                stack.callback(os.close, file)
-            _write_all(files[0], request)
-            reply = await self._ask(limits, files)
-            return Outcome(
-                status=reply.get("status"),
-                killed=reply.get("killed", ""),
-                cpu_s=reply.get("cpu_s", 0.0),
-                wall_ms=reply["wall_ms"],
-                report=os.pread(files[1], wire.MAX_FRAME_BYTES + 1, 0),
-                output=os.pread(files[2], limits.output_bytes + 1, 0),
-            )
-
-    async def _ask(self, limits: SandboxLimits, files: list[int]) -> dict[str, Any]:
-        try:
-            socket.send_fds(self._socket, [json.dumps(asdict(limits)).encode()], files)
-            async with asyncio.timeout(limits.wall_s + GRACE_S):
-                reply = await self._receive()
-        except OSError as exc:  # a TimeoutError is one
-            raise ZygoteDied("a sandbox worker does not answer") from exc
-        if reply.get("vanished"):
-            raise ZygoteDied("the init of a case was killed from outside")
-        if "fault" in reply:
-            raise SandboxError(f"the sandbox could not set up a case: {reply['fault']}")
-        return reply
-
-    async def _receive(self) -> dict[str, Any]:
-        try:
-            message = await asyncio.get_running_loop().sock_recv(self._socket, REPLY_BYTES)
-        except ConnectionError:
-            message = b""
-        if not message:
-            raise ZygoteDied("a sandbox worker ended")
-        decoded: dict[str, Any] = json.loads(message)
-        return decoded
+    def new_cell(self, file_mb: int) -> Cell:
+        """Ask for one more cell, for files of at most ``file_mb``; it gets ready while the caller goes on."""
+        self.cells += 1
+        with boundary(SandboxError, "asking for a sandbox cell"):
+            ours, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.setblocking(False)
+            with inner:
+                try:
+                    socket.send_fds(self._socket, [str(file_mb).encode()], [inner.fileno()])
+                except OSError:
+                    ours.close()
+                    raise CellDied("a sandbox worker does not answer") from None
+        return Cell(ours, file_mb)
 
     def hang_up(self) -> None:
         """Tell the keeper to kill everything; returns at once. Idempotent."""
@@ -141,6 +112,77 @@ class Zygote:
         except subprocess.TimeoutExpired:
             self._keeper.kill()
             self._keeper.wait()
+
+
+class Cell:
+    """The judge's end of one cell: cases of one program, one at a time."""
+
+    def __init__(self, control: socket.socket, file_mb: int) -> None:
+        self.file_mb = file_mb
+        self._socket = control
+        self._hello = False
+        self.usable = True
+
+    async def ready(self) -> None:
+        """Wait until it serves; ``SandboxError`` if it cannot be set up. Idempotent."""
+        if self._hello:
+            return
+        try:
+            async with asyncio.timeout(START_S):
+                hello = await _receive(self._socket)
+        except TimeoutError:
+            raise CellDied(f"a sandbox cell was not ready after {START_S:g} s") from None
+        if "fault" in hello:
+            raise SandboxError(remedy(hello["fault"], hello["errno"]))
+        self._hello = True
+
+    async def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
+        """Run one encoded request in a fresh process.
+
+        Raises ``SandboxError`` if the sandbox could not be set up, ``CellDied`` if it went silent.
+        """
+        self.usable = False
+        with boundary(SandboxError, "running a case"), ExitStack() as stack:
+            files = [os.memfd_create(name) for name in ("request", "report", "output")]
+            for file in files:
+                stack.callback(os.close, file)
+            _write_all(files[0], request)
+            reply = await self._ask(limits, files)
+            self.usable = not reply.get("last", False)
+            return Outcome(
+                status=reply.get("status"),
+                killed=reply.get("killed", ""),
+                cpu_s=reply.get("cpu_s", 0.0),
+                wall_ms=reply["wall_ms"],
+                report=os.pread(files[1], wire.MAX_FRAME_BYTES + 1, 0),
+                output=os.pread(files[2], limits.output_bytes + 1, 0),
+            )
+
+    async def _ask(self, limits: SandboxLimits, files: list[int]) -> dict[str, Any]:
+        try:
+            socket.send_fds(self._socket, [json.dumps(asdict(limits)).encode()], files)
+            async with asyncio.timeout(limits.wall_s * PATIENCE + GRACE_S):
+                reply = await _receive(self._socket)
+        except OSError as exc:  # a TimeoutError is one
+            raise CellDied("a sandbox cell does not answer") from exc
+        if "fault" in reply:
+            raise SandboxError(f"the sandbox could not set up a case: {reply['fault']}")
+        return reply
+
+    def close(self) -> None:
+        """Let the cell and every process in it end; returns at once. Idempotent."""
+        self._socket.close()
+
+
+async def _receive(control: socket.socket) -> dict[str, Any]:
+    try:
+        message = await asyncio.get_running_loop().sock_recv(control, REPLY_BYTES)
+    except ConnectionError:
+        message = b""
+    if not message:
+        raise CellDied("a sandbox worker ended")
+    decoded: dict[str, Any] = json.loads(message)
+    return decoded
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -1,8 +1,8 @@
 """The trusted half that lives inside: a keeper outside the pid namespace, and the zygote that is its first process.
 
-The zygote forks one small init per case, inside fresh namespaces, and watches its clock and memory. It handles only
-descriptors and limits: programs, arguments and values pass through files that the case opens itself, so nothing of one
-run can be found in the memory of the next.
+The zygote makes cells: for every program it forks one small init into fresh namespaces, and does nothing else. Neither
+it nor a cell's init or stem handles more than descriptors and limits: programs, arguments and values pass through files
+that the case opens itself, so nothing of one run can be found in the memory of the next.
 
 Started by ``slot.Zygote`` in a fresh interpreter; imports only the standard library.
 """
@@ -13,21 +13,17 @@ import gc
 import importlib
 import json
 import os
+import random
 import select
 import signal
 import socket
 import sys
-import time
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from agentopd_sandboxes import case, landlock, linux, namespaces, seccomp
+from agentopd_sandboxes import case, cell, landlock, linux, namespaces, seccomp
+from agentopd_sandboxes.scales import Scales
 
-MESSAGE_BYTES = 16 * 1024
 PARENT_POLL_MS = 1000
-TICK_MS = 50
-"""How often memory is looked at, and so how coarse that limit is."""
-SETUP_S = 20.0
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 # Imported before any case forks, so that a case pays nothing for them. The underscored ones are extension modules with
 # system libraries behind them, which cannot be loaded later because the root has no system libraries.
@@ -54,10 +50,11 @@ def main() -> NoReturn:
         control.close()
         _keep(zygote, judge)
     try:
-        serve = _prepare(control, proc, two_uids)
+        tools = _prepare(proc, two_uids)
     except OSError as exc:
         _refuse(control, exc)
-    serve.run()
+    control.send(json.dumps({"capabilities": _capabilities(tools)}).encode())
+    _serve(control, tools)
 
 
 def _refuse(control: socket.socket, exc: OSError) -> NoReturn:
@@ -87,7 +84,7 @@ def _keep(zygote: int, judge: int) -> NoReturn:
     os._exit(0)
 
 
-def _prepare(control: socket.socket, proc: int, two_uids: bool) -> Server:
+def _prepare(proc: int, two_uids: bool) -> cell.Tools:
     socket.sethostname("sandbox")
     namespaces.build_root()
     namespaces.become_nobody(two_uids)
@@ -96,165 +93,57 @@ def _prepare(control: socket.socket, proc: int, two_uids: bool) -> Server:
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.dup2(null, 1)
+    tools = cell.Tools(proc, landlock.build_ruleset(namespaces.BOX), seccomp.build_filter(linux.MACHINE))
+    tidy_interpreter({"HOME": namespaces.WORK, "TMPDIR": namespaces.TMP, "LANG": "C.UTF-8"})
     gc.collect()
     gc.freeze()
     gc.disable()
-    ruleset = landlock.build_ruleset(namespaces.BOX)
-    server = Server(control, case.Tools(proc, ruleset, seccomp.build_filter(linux.MACHINE)))
-    control.send(json.dumps({"capabilities": server.capabilities()}).encode())
-    return server
+    return tools
 
 
-class Server:
-    """Serves one request at a time: limits in, one case run, how it ended out."""
+def tidy_interpreter(environ: dict[str, str]) -> None:
+    """Leave the payload an interpreter that looks freshly started, and the same one every time."""
+    for name in [name for name in sys.modules if name.split(".")[0] == __package__]:
+        del sys.modules[name]
+    sys.modules["__main__"].__dict__.clear()
+    os.environ.clear()
+    os.environ.update(environ)
+    sys.argv[:] = [case.MAIN_FILE]
+    sys.path.insert(0, case.WORK)
+    random.seed(0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process of a pid namespace gets no signal without handler
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-    def __init__(self, control: socket.socket, tools: case.Tools) -> None:
-        self.control = control
-        self.tools = tools
-        self.pid = os.readlink("self", dir_fd=tools.proc)
 
-    def capabilities(self) -> list[str]:
-        """What is in force for every case; the judge's probe exercises the rest."""
-        names = ["user", "pid", "mount", "net", "ipc", "uts", "cgroup", "no_new_privs", "rlimits", "seccomp"]
-        if self.tools.ruleset is not None:
-            names.append("landlock")
-        if _children(self.tools.proc, self.pid) is not None:
-            names.append("memory_total")
-        return names
+def _capabilities(tools: cell.Tools) -> list[str]:
+    """What is in force for every case; the judge's probe exercises the rest."""
+    names = ["user", "pid", "mount", "net", "ipc", "uts", "cgroup", "no_new_privs", "rlimits", "seccomp"]
+    if tools.ruleset is not None:
+        names.append("landlock")
+    if Scales(tools.proc).sees_children():
+        names.append("memory_total")
+    return names
 
-    def run(self) -> NoReturn:
-        """Serve until the judge hangs up."""
-        while True:
-            message, fds, _, _ = socket.recv_fds(self.control, MESSAGE_BYTES, 3)
-            if not message:
-                os._exit(0)
-            reply = self.one(json.loads(message), fds)
-            self.control.send(json.dumps(reply).encode())
-            self.reap()
 
-    def one(self, limits: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        """Run one case on the judge's three files: request, result, output."""
-        status_r, status_w = os.pipe()
+def _serve(control: socket.socket, tools: cell.Tools) -> NoReturn:
+    """Make one cell for every descriptor the judge sends, until it hangs up."""
+    while True:
+        message, fds, _, _ = socket.recv_fds(control, 64, 1)
+        if not message:
+            os._exit(0)
         try:
-            pid = linux.clone(namespaces.CASE_FLAGS)
+            if linux.clone(namespaces.CELL_FLAGS) == 0:
+                cell.init(tools, fds[0], int(message))
         except OSError as exc:
-            return {"fault": str(exc)}
-        if pid == 0:
-            case.init(self.tools, limits, fds, status_w)
-        os.close(status_w)
-        for fd in fds:
-            os.close(fd)
-        try:
-            return Watch(self, pid, status_r, limits).run()
-        finally:
-            os.close(status_r)
+            os.write(fds[0], json.dumps({"fault": str(exc), "errno": exc.errno}).encode())
+        os.close(fds[0])
+        _reap()
 
-    def reap(self) -> None:
-        """Collect the inits of earlier cases; taking down their namespaces is the kernel's work, not our wait."""
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
+
+def _reap() -> None:
+    """Collect earlier cells; taking down their namespaces is the kernel's work, not our wait."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-
-
-class Watch:
-    """The clock and the scales beside one running case."""
-
-    def __init__(self, server: Server, pid: int, status: int, limits: dict[str, Any]) -> None:
-        self.server = server
-        self.pid = pid
-        self.status = status
-        self.memory_bytes = limits["memory_mb"] << 20
-        self.wall_s = limits["wall_s"]
-        self.started: float | None = None
-        self.deadline = time.monotonic() + SETUP_S
-        self.said = b""
-        self.poller = select.poll()
-        self.poller.register(status, select.POLLIN)
-        self.poller.register(server.control, select.POLLIN)
-
-    def run(self) -> dict[str, Any]:
-        """Watch until the case's init reports, or has to be killed."""
-        while True:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                return self.kill("wall")
-            for fd, _ in self.poller.poll(min(left * 1000 + 1, TICK_MS)):
-                if fd != self.status:
-                    os._exit(0)  # the judge hung up in the middle: the whole pid namespace goes with us
-                done = self.hear()
-                if done is not None:
-                    return done
-            if self.started is not None and self.too_big():
-                return self.kill("memory")
-
-    def hear(self) -> dict[str, Any] | None:
-        """Read what the case's processes said; the reply once one of them had the last word."""
-        chunk = os.read(self.status, 4096)
-        self.said += chunk
-        if self.started is None and self.said.startswith(case.READY):
-            self.started = time.monotonic()
-            self.deadline = self.started + self.wall_s
-        report = self.said.removeprefix(case.READY)
-        if report.endswith(b"\n"):
-            return self.reply(**json.loads(report))
-        if not chunk:
-            os.waitpid(self.pid, 0)
-            return self.reply(vanished=True)
-        return None
-
-    def kill(self, why: str) -> dict[str, Any]:
-        """Kill the init, and with it every process of the case; returns once they are gone."""
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        if self.started is None:
-            return {"fault": f"a case was not ready after {SETUP_S:.0f} s"}
-        return self.reply(killed=why)
-
-    def reply(self, **report: Any) -> dict[str, Any]:
-        """The report with the time the payload had."""
-        elapsed = 0.0 if self.started is None else time.monotonic() - self.started
-        return {**report, "wall_ms": elapsed * 1000}
-
-    def too_big(self) -> bool:
-        """Whether the case's processes together hold more private memory than one may."""
-        pages, todo = 0, list(_children(self.server.tools.proc, self.server.pid) or ())
-        while todo:
-            pid = todo.pop()
-            pages += _private_pages(self.server.tools.proc, pid)
-            todo += _children(self.server.tools.proc, pid) or ()
-        return pages * PAGE > int(self.memory_bytes)
-
-
-def _children(proc: int, pid: str) -> list[str] | None:
-    """Pids, as the host numbers them, of all children of all threads of a process; None where the kernel hides them."""
-    try:
-        tasks = os.open(f"{pid}/task", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
-    except OSError:
-        return None
-    try:
-        found: list[str] = []
-        for task in os.listdir(tasks):
-            found += _read_at(tasks, f"{task}/children").split()
-        return found
-    except OSError:
-        return None
-    finally:
-        os.close(tasks)
-
-
-def _private_pages(proc: int, pid: str) -> int:
-    try:
-        _, resident, shared, *_ = _read_at(proc, f"{pid}/statm").split()
-    except (OSError, ValueError):
-        return 0  # it ended while we looked
-    return int(resident) - int(shared)
-
-
-def _read_at(directory: int, path: str) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        return os.read(fd, 1 << 16).decode()
-    finally:
-        os.close(fd)
+    except ChildProcessError:
+        pass

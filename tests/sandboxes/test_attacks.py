@@ -387,7 +387,7 @@ def test_the_clock_runs_beside_the_payload_not_in_the_judge(jail_works: None) ->
             await sandbox.start()
             case = Case("a", "time.sleep(60)")
             task = asyncio.create_task(sandbox.run_cases(Program("import time"), [case], BRIEF))
-            while not any(worker.runs > 1 for worker in sandbox._all):
+            while not any(worker.used is not None and worker.zygote.cells > 1 for worker in sandbox._all):
                 await asyncio.sleep(0)
             time.sleep(2.0)
             return (await task)[0]

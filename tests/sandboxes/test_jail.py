@@ -160,7 +160,9 @@ def test_a_case_under_which_every_worker_dies_is_to_blame() -> None:
         async def assassin() -> None:
             while True:
                 await asyncio.sleep(0.02)
-                if any(worker.runs > 1 for worker in sandbox._all):  # past its self-test: the case is on
+                if any(
+                    worker.used is not None and worker.zygote.cells > 1 for worker in sandbox._all
+                ):  # past its self-test: the case is on
                     slay(descendants(os.getpid()) - before)
 
         try:
@@ -182,7 +184,7 @@ def test_workers_are_renewed_after_their_share_of_runs() -> None:
         try:
             await sandbox.start()
             (first,) = sandbox._all
-            first.runs = 10_000
+            first.zygote.cells = 10_000
             assert (await sandbox.run_cases(Program(""), [Case("a", "1")]))[0].value == 1
             assert (await sandbox.run_cases(Program(""), [Case("a", "1")]))[0].value == 1
             (second,) = sandbox._all
@@ -295,3 +297,46 @@ def test_remedies_read_the_switches(tmp_path: Path) -> None:
     switch.write_text("1\n")
     assert "allow unprivileged user namespaces" in remedy("unshare: no", 22, tmp_path)
     assert "Linux 5.14" in remedy("mount_setattr: no", 38, tmp_path)
+
+
+@pytest.mark.slow
+def test_waiting_for_a_processor_is_not_charged_to_a_case(run: Run) -> None:
+    """H9 of the catalogue: slow but within its limit, while everything else wants the processor too."""
+    work = """
+import time
+def f():
+    end = time.process_time() + 0.25
+    while time.process_time() < end: pass
+    return 1
+"""
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        results = [run(work, limits=SandboxLimits(wall_s=0.5, cpu_s=5)) for _ in range(2)]
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    assert [result.value for result in results] == [1, 1], results
+
+
+def test_a_case_that_leaves_a_mess_costs_a_new_cell_and_nothing_else() -> None:
+    mess = """
+import os
+def f(i):
+    os.makedirs('/tmp/' + 'd/' * 40)
+    os.symlink('/', '/tmp/link')
+    os.chmod('/tmp', 0) if i % 2 else os.rename('/box/case/work', '/box/case/elsewhere')
+    if i == 2 and not os.fork(): __import__('time').sleep(60)
+    return i, sorted(os.listdir('/box/case'))
+"""
+
+    async def scenario() -> None:
+        sandbox = JailSandbox(workers=1)
+        try:
+            cases = [Case(str(i), "f(*args)", args=(i,)) for i in range(5)]
+            results = await sandbox.run_cases(Program(mess), cases)
+            assert [result.value and result.value[0] for result in results] == [0, 1, 2, 3, 4], results
+        finally:
+            await sandbox.aclose()
+
+    asyncio.run(scenario())

@@ -77,3 +77,17 @@ def test_verdicts(machine: str) -> None:
 def test_the_program_fits_the_kernel(machine: str) -> None:
     program = build_filter(machine)
     assert len(program) % 8 == 0 and len(program) // 8 <= 4096
+
+
+@pytest.mark.parametrize("machine", ARCH)
+def test_guarded_processes_cannot_be_signalled(machine: str) -> None:
+    column = machine == "aarch64"
+    program, arch = build_filter(machine, guarded=(1, 7)), ARCH[machine]
+    for numbers in ((62, 129), (200, 130), (234, 131), (434, 434)):
+        for pid in (1, 7, -1, -7):
+            assert evaluate(program, numbers[column], arch, pid & 0xFFFFFFFF) == refused(errno.EPERM)
+        assert evaluate(program, numbers[column], arch, 8) == ALLOW
+        assert evaluate(build_filter(machine), numbers[column], arch, 7) == ALLOW
+    for numbers in ((302, 261), (203, 122)):
+        assert evaluate(program, numbers[column], arch, 7) == refused(errno.EPERM)
+        assert evaluate(program, numbers[column], arch, 0) == ALLOW
