@@ -158,6 +158,8 @@ class Teachers:
     by_key: dict[str, Teacher] = field(default_factory=dict)
     routes: dict[str, str] = field(default_factory=dict)
     reference: Teacher | None = None
+    start: Teacher | None = None
+    """The frozen starting student, where evaluations measure the KL to it."""
     models: dict[str, Any] = field(default_factory=dict)
     """The models behind teachers that can also act in this process, by key."""
 
@@ -179,7 +181,7 @@ def build_teachers(config: RunConfig, policy: Policy) -> Teachers:
             if skill.role == "old" and config.replay.share == 0:
                 continue
             fallback = "default" if skill.role == "new" else RETENTION_TEACHER
-            teachers.routes[skill.name] = skill.teacher or fallback
+            teachers.routes[skill.name] = config.teacher_of(skill) or fallback
     start = (config.model.student, config.model.dtype)
     for key in sorted(set(teachers.routes.values())):
         if key == RETENTION_TEACHER and key not in config.teachers:
@@ -192,4 +194,7 @@ def build_teachers(config: RunConfig, policy: Policy) -> Teachers:
     if objective.needs_reference:
         shared = teachers.by_key.get(RETENTION_TEACHER)
         teachers.reference = shared or LocalTeacher("reference", load_model(*start))
+    if config.eval.measures_kl:
+        shared = teachers.by_key.get(RETENTION_TEACHER) if RETENTION_TEACHER not in config.teachers else None
+        teachers.start = shared or teachers.reference or LocalTeacher(RETENTION_TEACHER, load_model(*start))
     return teachers

@@ -11,7 +11,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from agentopd.errors import UserError
 from agentopd.learner import runtime
@@ -32,8 +32,13 @@ class Saveable(Protocol):
         ...
 
 
-def save_checkpoint(root: Path, step: int, learner: Saveable, mixture: MixtureState, keep: int) -> Path:
-    """Write the state after ``step`` finished steps; keep the newest ``keep`` checkpoints. Every rank must call it."""
+def save_checkpoint(
+    root: Path, step: int, learner: Saveable, mixture: MixtureState, keep: int, kept_step: int | None = None
+) -> Path:
+    """Write the state after ``step`` finished steps; keep the newest ``keep`` checkpoints. Every rank must call it.
+
+    ``kept_step`` names the checkpoint a guard would return to; it is never deleted.
+    """
     final = root / f"step-{step:06d}"
     partial = root / f".partial-{step:06d}"
     is_main = runtime.rank() == 0
@@ -44,11 +49,14 @@ def save_checkpoint(root: Path, step: int, learner: Saveable, mixture: MixtureSt
     learner.save(partial / "learner")
     runtime.barrier()
     if is_main:
-        (partial / "state.json").write_text(json.dumps({"step": step, "mixture": asdict(mixture)}))
+        (partial / "state.json").write_text(
+            json.dumps({"step": step, "mixture": asdict(mixture), "kept_step": kept_step})
+        )
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in list_checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
+            if kept_step is None or old.name != f"step-{kept_step:06d}":
+                shutil.rmtree(old)
     runtime.barrier()
     return final
 
@@ -64,6 +72,24 @@ def load_latest(root: Path, learner: Saveable) -> tuple[int, MixtureState]:
     found = list_checkpoints(root)
     if not found:
         raise UserError(f"no checkpoint under {str(root)!r}: the run stopped before its first one; start it again")
-    state = json.loads((found[-1] / "state.json").read_text())
+    state = _state(found[-1])
     learner.load(found[-1] / "learner")
     return int(state["step"]), MixtureState(**state["mixture"])
+
+
+def load_step(root: Path, step: int, learner: Saveable) -> MixtureState:
+    """Restore the learner as it was after ``step`` steps; returns the mixture's state of then."""
+    path = root / f"step-{step:06d}"
+    learner.load(path / "learner")
+    return MixtureState(**_state(path)["mixture"])
+
+
+def latest_kept_step(root: Path) -> int | None:
+    """The step whose checkpoint a guard would return to, as the newest checkpoint knows it."""
+    found = list_checkpoints(root)
+    return _state(found[-1]).get("kept_step") if found else None
+
+
+def _state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return state

@@ -69,11 +69,41 @@ def evaluate(
 
 
 @app.command()
-def retention(run: Path, as_json: Json = False, plain: Plain = False) -> None:
-    """The stage x skill matrix of a run: what was learned, what was kept."""
+def retention(
+    run: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="A run directory; with --models, further models."),
+    ] = None,
+    models: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--models", help="Instead of a run: models in order, the start first, as in --models A B C."),
+    ] = None,
+    suite: Annotated[Optional[Path], typer.Option("--suite", help="With --models: a suite file.")] = None,  # noqa: UP045
+    learned: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--learned", metavar="SKILL=STAGE", help="With --models: which stage taught a skill; 0 is A."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Folder for JSON, CSV and page.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option("--limit", min=1, help="With --models: tasks per skill.")] = None,  # noqa: UP045
+    k: Annotated[int, typer.Option("--k", min=1, help="With --models: attempts per task.")] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="With --models; 0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="With --models.")] = 1234,
+    as_json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """The stage x skill matrix of a run or of models; exit code 1 where a tolerance that the suite declares is broken."""
     from agentopd import commands
 
-    commands.retention(run, as_json, plain)
+    names = run or []
+    if not models and (len(names) != 1 or suite is not None):
+        raise UserError("give one run directory, or --models A B C --suite FILE")
+    if not models:
+        commands.retention(Path(names[0]), out, as_json, plain)
+    elif suite is None:
+        raise UserError("--models needs the suite to measure them on: --suite FILE")
+    else:
+        options = commands.EvalOptions(limit, k, temperature, seed, as_json, plain)
+        commands.retention_of_models([*models, *names], suite, learned or [], out or Path("runs/retention"), options)
 
 
 @app.command()

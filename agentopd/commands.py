@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from agentopd.evaluate import Script
     from agentopd.evaluation.metrics import EvalResult
+    from agentopd.evaluation.retention import RetentionMatrix
     from agentopd.runs import Run
 
 
@@ -106,21 +107,59 @@ async def _evaluate(
     return summarise(judged, model or str(policy), k, seed=options.seed)
 
 
-def retention(path: Path, as_json: bool, plain: bool) -> None:
-    """``agentopd retention``."""
-    from agentopd.report import write_retention_page
+def retention(path: Path, out: Path | None, as_json: bool, plain: bool) -> None:
+    """``agentopd retention RUN``."""
     from agentopd.report.collect import collect
 
     story = collect(path)
     matrix = story.retention()
     if matrix is None:
         raise UserError(f"run {str(path)!r} has no evaluation yet: let it run, or resume it")
+    _show_retention(matrix, story.roles, out or path, as_json, plain)
+
+
+def retention_of_models(
+    models: Sequence[str], suite_path: Path, learned: Sequence[str], out: Path, options: EvalOptions
+) -> None:
+    """``agentopd retention --models``."""
+    from agentopd.config.run import EvalConfig
+    from agentopd.retention import matrix_of, measure, stages_of
+
+    suite = load_suite(suite_path)
+    console = make_console(options.plain or options.as_json, stderr=options.as_json)
+    config = EvalConfig(k=options.k, temperature=options.temperature, seed=options.seed)
+    given = dict(_learned(text) for text in learned)
+    results = asyncio.run(measure(stages_of(models, suite), suite, options.limit, config, console))
+    matrix = matrix_of(results, suite, given)
+    roles = {skill.name: skill.role for skill in suite.skills}
+    _show_retention(matrix, roles, out, options.as_json, options.plain)
+
+
+def _learned(text: str) -> tuple[str, int]:
+    skill, _, index = text.partition("=")
+    if not index.isdigit():
+        raise UserError(f"--learned {text!r}: write SKILL=STAGE, where 0 is the first model")
+    return skill, int(index)
+
+
+def _show_retention(matrix: RetentionMatrix, roles: Mapping[str, str], out: Path, as_json: bool, plain: bool) -> None:
+    """Print a matrix, leave it as JSON, CSV and a page, and exit with 1 where a declared tolerance is broken."""
+    from agentopd.evaluation.export import write_retention_files
+    from agentopd.report import write_retention_page
+
+    files = [*write_retention_files(matrix, out), write_retention_page(matrix, out / "retention.html", roles)]
     if as_json:
         print(json.dumps(matrix.to_json()))
-        return
-    console = make_console(plain)
-    console.print(retention_table(matrix))
-    console.print(f"picture: {write_retention_page(matrix, path / 'retention.html', story.roles)}")
+    else:
+        console = make_console(plain)
+        console.print(retention_table(matrix))
+        console.print("written: " + ", ".join(map(str, files)), soft_wrap=True, markup=False)
+        for skill in matrix.broken:
+            change = matrix.by_skill[skill].change
+            lost = -100 * change.mean if change else 0.0
+            console.print(f"{skill} lost {lost:.1f} points; tolerated: {100 * (matrix.tolerated_drop or 0):g}")
+    if matrix.broken:
+        raise SystemExit(1)
 
 
 def report(path: Path) -> None:

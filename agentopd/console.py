@@ -14,10 +14,11 @@ from rich.text import Text
 
 from agentopd.evaluation.metrics import EvalResult, SkillScore
 from agentopd.evaluation.retention import RetentionMatrix, gap_closed
-from agentopd.evaluation.statistics import Difference, paired_difference
+from agentopd.evaluation.statistics import Difference, Interval, paired_difference
 
 DASH = "–"
 PLAIN_WIDTH = 120
+_VERDICT_STYLES = {"kept": "green", "broken": "bold red"}
 _PLAIN_LINES = 20  # progress lines a plain log gets, however long the work
 
 
@@ -115,14 +116,27 @@ def eval_table(result: EvalResult) -> Table:
 
 
 def retention_table(matrix: RetentionMatrix) -> Table:
-    """R[stage, skill], then the change and the forgetting of each skill."""
+    """R[stage, skill], then what became of each skill since it was learned, with 95 % intervals."""
     table = _table("stage", *(f"{skill} %" for skill in matrix.skills), "mean")
-    for stage, row, mean in zip(matrix.stages, matrix.values, matrix.average, strict=True):
-        table.add_row(Text(stage), *(Text(percent(value)) for value in row), Text(percent(mean)))
+    spans = matrix.average_ci95 or (None,) * len(matrix.stages)
+    for index, stage in enumerate(matrix.stages):
+        cells = [Text(_span(*pair)) for pair in zip(matrix.values[index], matrix.ci95[index], strict=True)]
+        table.add_row(Text(stage), *cells, Text(_span(matrix.average[index], spans[index])))
     table.add_section()
     kept = [matrix.by_skill[skill] for skill in matrix.skills]
-    table.add_row("change", *(_signed(item.change) for item in kept), Text(points(matrix.backward_transfer)))
-    table.add_row("forgetting", *(Text(points(item.forgetting)) for item in kept), Text(points(matrix.mean_forgetting)))
+    backward = _moved(matrix.backward_transfer, matrix.backward_transfer_ci95)
+    table.add_row("change (backward transfer)", *(_signed(item.change) for item in kept), backward)
+    forgetting = [_moved(item.forgetting, item.forgetting_ci95, good=-1) for item in kept]
+    table.add_row("forgetting", *forgetting, _moved(matrix.mean_forgetting, matrix.mean_forgetting_ci95, good=-1))
+    if matrix.forward_transfer is not None:
+        forward = _moved(matrix.forward_transfer, matrix.forward_transfer_ci95)
+        table.add_row("forward transfer", *(_signed(item.forward) for item in kept), forward)
+    if matrix.start_kl and any(value is not None for value in matrix.start_kl[-1]):
+        pairs = zip(matrix.start_kl[-1], matrix.start_kl_ci95[-1], strict=True)
+        table.add_row("KL to the start, nats/token", *(Text(_nats(*pair)) for pair in pairs), Text(DASH))
+    if matrix.tolerated_drop is not None:
+        verdicts = (Text(item.verdict or DASH, style=_VERDICT_STYLES.get(item.verdict or "", "")) for item in kept)
+        table.add_row(f"verdict (tolerated: {100 * matrix.tolerated_drop:g})", *verdicts, Text(DASH))
     return table
 
 
@@ -138,10 +152,7 @@ def points(value: float | None) -> str:
 
 def score(skill: SkillScore | None) -> str:
     """``61.0 (51–70)`` in percent, or a dash."""
-    if skill is None or skill.avg_at_k is None or skill.ci95 is None:
-        return DASH
-    low, high = skill.ci95
-    return f"{percent(skill.avg_at_k)} ({100 * low:.0f}–{100 * high:.0f})"
+    return _span(skill.avg_at_k, skill.ci95) if skill and skill.ci95 else DASH
 
 
 def _change(old: SkillScore | None, new: SkillScore | None) -> Difference | None:
@@ -149,11 +160,28 @@ def _change(old: SkillScore | None, new: SkillScore | None) -> Difference | None
 
 
 def _signed(difference: Difference | None) -> Text:
-    if difference is None:
-        return Text(DASH)
-    style = ("green" if difference.mean > 0 else "red") if difference.significant else ""
-    low, high = difference.ci95
-    return Text(f"{points(difference.mean)} ({100 * low:+.0f} to {100 * high:+.0f})", style=style)
+    return _moved(difference.mean, difference.ci95) if difference else Text(DASH)
+
+
+def _moved(value: float | None, interval: Interval | None, good: int = 1) -> Text:
+    """Points with their interval; coloured where it excludes zero, green for the ``good`` sign."""
+    if value is None or interval is None:
+        return Text(points(value))
+    low, high = interval
+    style = ("green" if value * good > 0 else "red") if low > 0 or high < 0 else ""
+    return Text(f"{points(value)} ({100 * low:+.0f} to {100 * high:+.0f})", style=style)
+
+
+def _span(value: float | None, interval: Interval | None) -> str:
+    if value is None or interval is None:
+        return percent(value)
+    return f"{percent(value)} ({100 * interval[0]:.0f}–{100 * interval[1]:.0f})"
+
+
+def _nats(value: float | None, interval: Interval | None) -> str:
+    if value is None:
+        return DASH
+    return f"{value:.3f}" + (f" ({interval[0]:.3f}–{interval[1]:.3f})" if interval else "")
 
 
 def _table(first: str, *rest: str) -> Table:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
+
+import numpy as np
 
 from agentopd.build import Judge, Policy, Skill
 from agentopd.config.run import EvalConfig
+from agentopd.contracts import Teacher
 from agentopd.evaluation.metrics import EvalResult, score_skill
 from agentopd.learner.runtime import gather_objects, rank, world_size
 from agentopd.rendering.codecs import ToolCodec
@@ -113,10 +116,34 @@ def script_turns(script: Script, spec: EpisodeSpec, task: Task) -> Sequence[Mess
     return turns[script]()
 
 
-def summarise(judged: Sequence[Judged], model: str, k: int, *, step: int | None = None, seed: int = 0) -> EvalResult:
-    """Scores of every skill from judged episodes."""
+async def start_kl(judged: Sequence[Judged], start: Teacher) -> dict[str, dict[str, float]]:
+    """KL(model, start) by skill and task, in nats per sampled token, from episodes sampled at temperature 1.
+
+    The mean log-ratio of the sampled tokens is an unbiased estimate of the KL along the model's own episodes.
+    """
+    episodes = [episode for episode, _ in judged if episode.num_sampled]
+    moved: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for episode, evidence in zip(episodes, await start.score(episodes, 0), strict=True):
+        sampled = [logprob for turn in episode.turns for logprob in turn.rollout_logprobs]
+        moved[episode.skill, episode.task_id] += (np.array(sampled) - evidence.teacher_logprobs).tolist()
+    by_skill: dict[str, dict[str, float]] = defaultdict(dict)
+    for (skill, task), ratios in moved.items():
+        by_skill[skill][task] = float(np.mean(ratios))
+    return by_skill
+
+
+def summarise(
+    judged: Sequence[Judged],
+    model: str,
+    k: int,
+    *,
+    step: int | None = None,
+    seed: int = 0,
+    kl: Mapping[str, Mapping[str, float]] | None = None,
+) -> EvalResult:
+    """Scores of every skill from judged episodes; ``kl`` is the KL to the start by skill and task."""
     by_skill: dict[str, dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
     for episode, verdict in judged:
         by_skill[episode.skill][episode.task_id].append(verdict)
-    scores = {name: score_skill(verdicts, k, seed) for name, verdicts in by_skill.items()}
+    scores = {name: score_skill(verdicts, k, seed, (kl or {}).get(name)) for name, verdicts in by_skill.items()}
     return EvalResult(tasks=scores, model=model, step=step, seed=seed)

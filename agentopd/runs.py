@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +14,17 @@ import numpy as np
 import torch
 
 from agentopd.build import Judge, Policy, Skill, Teachers, build_policy, build_sandbox, build_teachers, load_skills
-from agentopd.checkpoint import load_latest, save_checkpoint
+from agentopd.checkpoint import latest_kept_step, load_latest, load_step, save_checkpoint
 from agentopd.config import RunConfig, dump_toml, load_run_config
-from agentopd.evaluate import evaluate_model, heldout_tasks, summarise
+from agentopd.evaluate import evaluate_model, heldout_tasks, start_kl, summarise
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.learner import runtime
 from agentopd.learner.deepspeed import DeepSpeedLearner
-from agentopd.mixture import Mixture, TaskStream
+from agentopd.mixture import Action, CoresetStream, Mixture, MixtureState, TaskStream, choose_tasks, load_embedder
+from agentopd.mixture.coreset import Embed
 from agentopd.models import model_hash, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
+from agentopd.stats import cpu_seconds
 from agentopd.tracking import Provenance, RunDirectory, Session, Tracker, open_tracker
 from agentopd.types import Task
 
@@ -67,6 +69,12 @@ class Run:
     """Finished steps."""
     tracker: Tracker | None = None
     evals: dict[str, EvalResult] = field(default_factory=dict)
+    kept_step: int | None = None
+    """The latest checkpoint at which every old skill was within its tolerance, where a guard watches."""
+    embed: Embed | None = None
+    """Sentence embeddings, where replay chooses its tasks by them."""
+    _stage: int = -1
+    _cpu_logged: float = 0.0
 
     @classmethod
     def start(cls, config: RunConfig) -> Run:
@@ -82,6 +90,8 @@ class Run:
         config = load_run_config(directory.config)
         run = cls._build(config, directory.path)
         run.step, mixture = load_latest(directory.checkpoints, run.learner)
+        run.kept_step = latest_kept_step(directory.checkpoints)
+        run.enter_stage()
         run.mixture.restore(mixture)
         run.policy.engine.sync_weights(run.step)
         if runtime.rank() == 0:
@@ -105,13 +115,52 @@ class Run:
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
         streams = {name: TaskStream(skill.env, skill.config, config.seed) for name, skill in skills.items()}
         mixture = Mixture(streams, config.suite.skills, config.replay)
+        embed = load_embedder(config.replay.coreset.model) if config.replay.policy == "coreset" else None
         learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps)
-        return cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, policy.classify())
+        learner.stretches = [stage.steps for stage in config.stages] or learner.stretches
+        run = cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, policy.classify())
+        run.embed = embed
+        return run
 
     @property
     def old_skills(self) -> frozenset[str]:
-        """Names of the skills to keep."""
-        return frozenset(name for name, skill in self.skills.items() if skill.config.role == "old")
+        """Names of the skills to keep at this step."""
+        return frozenset(self.config.old_at(self.step))
+
+    @property
+    def tolerated_drop(self) -> float | None:
+        """The suite's declared tolerance."""
+        declared = self.config.suite.retention
+        return declared.tolerated_drop if declared else None
+
+    def enter_stage(self) -> None:
+        """Give the mixture the roles of the stage that trains next; a coreset is chosen anew for each stage."""
+        stage = self.config.stage_at(self.step)
+        if stage == self._stage:
+            return
+        self._stage = stage
+        new, old = self.config.new_at(self.step), self.config.old_at(self.step)
+        self.mixture.assign(new, old)
+        if self.embed is not None and self.config.replay.share > 0:
+            wanted = [task for name in new for task in self._pool(name)]
+            for name in old:
+                chosen = choose_tasks(self._pool(name), wanted, self.embed, self.config.replay.coreset)
+                self.mixture.replay_streams[name] = CoresetStream(chosen, name, self.config.seed)
+
+    def _pool(self, name: str) -> list[Task]:
+        """The first training tasks of a skill."""
+        stream = TaskStream(self.skills[name].env, self.skills[name].config, self.config.seed)
+        return stream.take(self.config.replay.coreset.pool)
+
+    @property
+    def finished_stage(self) -> str | None:
+        """The name of the stage whose last step was just taken, but for the last stage: that one ends in "final"."""
+        done = 0
+        for stage in self.config.stages[:-1]:
+            done += stage.steps
+            if done == self.step:
+                return stage.name
+        return None
 
     async def open(self) -> None:
         """Start what can fail on this machine (the sandbox), then create the run directory of a new run.
@@ -131,10 +180,15 @@ class Run:
             self.tracker = open_tracker(self.directory, tensorboard=config.tracking.tensorboard)
         runtime.barrier()
 
-    async def evaluate(self, stage: str) -> EvalResult:
-        """Measure every skill on held-out tasks, store the result as ``eval/<stage>.json``, inform the replay."""
-        judged = await evaluate_model(self.policy, self.skills, self.heldout, self.judge, self.config.eval)
-        result = summarise(judged, stage, self.config.eval.k, step=self.step, seed=self.config.eval.seed)
+    async def evaluate(self, stage: str, skills: Collection[str] | None = None) -> EvalResult:
+        """Measure skills (default: all) on held-out tasks, store ``eval/<stage>.json``, inform the replay."""
+        config = self.config.eval
+        tasks = {name: found for name, found in self.heldout.items() if skills is None or name in skills}
+        judged = await evaluate_model(self.policy, self.skills, tasks, self.judge, config)
+        kl = None
+        if self.teachers.start is not None and self.directory is not None:
+            kl = await start_kl(judged, self.teachers.start)
+        result = summarise(judged, stage, config.k, step=self.step, seed=config.seed, kl=kl)
         scores = {name: score.avg_at_k for name, score in result.tasks.items() if score.avg_at_k is not None}
         self.mixture.scores.update({name: value for name, value in scores.items() if name in self.old_skills})
         self.evals[stage] = result
@@ -171,7 +225,24 @@ class Run:
             self.learner,
             self.mixture.state(),
             keep=self.config.train.keep_checkpoints,
+            kept_step=self.kept_step,
         )
+
+    def roll_back(self, step: int) -> MixtureState:
+        """Take back the weights and the optimiser of a checkpoint; steps, prompts and schedule go on from here.
+
+        Returns the mixture's state of then.
+        """
+        scale = self.learner.rate_scale
+        mixture = load_step(self.root / "checkpoints", step, self.learner)
+        self.learner.steps_done, self.learner.rate_scale = self.step, scale
+        self.policy.engine.sync_weights(self.step)
+        return mixture
+
+    def record(self, action: Action) -> None:
+        """Log what replay or a guard did."""
+        if self.directory is not None:
+            self.directory.record(action)
 
     def export(self) -> Path:
         """Write the student as a Hugging Face directory, tokenizer included: ``<run>/model``."""
@@ -182,9 +253,11 @@ class Run:
         return path
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of the step just finished."""
+        """Record the metrics of the step just finished, and the CPU seconds since the last one."""
+        used = cpu_seconds()
         if self.tracker is not None:
-            self.tracker.log(self.step, metrics)
+            self.tracker.log(self.step, {**metrics, "time/cpu": used - self._cpu_logged})
+        self._cpu_logged = used
 
     async def aclose(self) -> None:
         """Release sandboxes, engines, teachers and files; idempotent."""

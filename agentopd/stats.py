@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+import psutil
+
+from agentopd.contracts import ScoredEpisode
 from agentopd.learner import runtime
 from agentopd.types import Episode, Verdict
 
@@ -43,3 +46,25 @@ def _row(episode: Episode, verdict: Verdict) -> tuple[str, dict[str, float]]:
     if verdict.outcome is not None and verdict.reward is not None:
         row |= {"success": verdict.outcome, "reward": verdict.reward}
     return episode.skill, row
+
+
+def cost_metrics(scored: Sequence[ScoredEpisode]) -> dict[str, float]:
+    """Tokens that teachers read and that replay sampled in one step, over all ranks."""
+    teacher = sum(len(item.episode.token_ids) for item in scored if item.evidence is not None)
+    replay = sum(item.episode.num_sampled for item in scored if item.replay)
+    parts = runtime.gather_objects([(teacher, replay)])
+    pairs = [pair for part in parts for pair in part]
+    return {"teacher/tokens": sum(read for read, _ in pairs), "replay/tokens": sum(played for _, played in pairs)}
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and everything it started (the sandbox), since the start."""
+    total = 0.0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            used = process.cpu_times()
+        except psutil.Error:  # it ended meanwhile; its parent has its time
+            continue
+        total += used.user + used.system + getattr(used, "children_user", 0.0) + getattr(used, "children_system", 0.0)
+    return total

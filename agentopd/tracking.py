@@ -4,6 +4,7 @@ RUN/
   config.toml       the resolved config
   provenance.json   seed, model hashes, and one entry per session (first start and every resume)
   metrics.jsonl     one object per step: {"step": 3, "math/success": 0.5, ...}; null is a non-finite number
+  events.jsonl      what replay and guards did: {"step": 50, "action": "raise_share", "skill": "math", ...}
   episodes/         step_000003.jsonl, one KeptEpisode a line
   eval/             <stage>.json, one EvalResult each
   checkpoints/      the checkpoint layer's
@@ -110,6 +111,7 @@ class RunDirectory:
         self.config = path / "config.toml"
         self.provenance = path / "provenance.json"
         self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
         self.episodes = path / "episodes"
         self.eval = path / "eval"
         self.checkpoints = path / "checkpoints"
@@ -159,8 +161,9 @@ class RunDirectory:
         those steps will be written again.
         """
         with _user_errors(self.path):
-            kept = [row for row in read_jsonl(self.metrics) if row.get("step", 0) <= session.from_step]
-            write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            for log in filter(Path.is_file, (self.metrics, self.events)):
+                kept = [row for row in read_jsonl(log) if row.get("step", 0) <= session.from_step]
+                write_atomic(log, "".join(json.dumps(row) + "\n" for row in kept))
             for step, file in self.episode_files():
                 if step > session.from_step:
                     file.unlink()
@@ -170,6 +173,11 @@ class RunDirectory:
             old = Provenance.model_validate_json(self.provenance.read_text())
             new = old.model_copy(update={"sessions": (*old.sessions, session)})
             write_atomic(self.provenance, new.model_dump_json(indent=2) + "\n")
+
+    def record(self, event: Record) -> None:
+        """Append an event to ``events.jsonl``."""
+        with _user_errors(self.path), self.events.open("a", encoding="utf-8") as file:
+            file.write(event.model_dump_json() + "\n")
 
     def save_eval(self, stage: str, result: Record) -> Path:
         """Write one evaluation as ``eval/<stage>.json`` ("base", "step_000050", "final", "teacher")."""

@@ -19,10 +19,11 @@ from agentopd.evaluation.metrics import EvalResult
 from agentopd.inspection import keep_episodes
 from agentopd.learner import runtime
 from agentopd.mixture import Drawn
+from agentopd.reaction import react
 from agentopd.rollout import EpisodeSpec, RolloutOptions, run_scripted, stream_episodes
 from agentopd.runs import Clock, Run
 from agentopd.scoring import add_reference, assemble, gather_evidence
-from agentopd.stats import step_metrics
+from agentopd.stats import cost_metrics, step_metrics
 from agentopd.types import Episode
 
 
@@ -43,13 +44,14 @@ async def train(run: Run, console: Console) -> Outcome:
         if "base" not in run.evals:
             await run.evaluate("base")
             await run.evaluate_teacher()
+            react(run)
         with progress(console, "training", schedule.steps) as advance:
             advance(run.step)
             while run.step < schedule.steps:
                 success = await train_step(run)
                 advance(1, note=success)
-                if _due(run.step, schedule.eval_every) and run.step < schedule.steps:
-                    await run.evaluate(f"step_{run.step:06d}")
+                if await _evaluated(run):
+                    react(run)
                 if _due(run.step, schedule.checkpoint_every) or run.step == schedule.steps:
                     run.checkpoint()
         after = await run.evaluate("final")
@@ -62,6 +64,7 @@ async def train(run: Run, console: Console) -> Outcome:
 async def train_step(run: Run) -> str:
     """One step of design: draw, act, judge, score, update, log. Returns a one-line note of this step's success."""
     clock = Clock()
+    run.enter_stage()
     drawn = run.mixture.draw(run.config.train.prompts_per_step)
     shares = run.mixture.shares()
     with clock.phase("rollout"):
@@ -73,9 +76,10 @@ async def train_step(run: Run) -> str:
             scored, run.config.objective, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce
         )
         learned = run.learner.step(batch)
+    replayed = {f"replay/share/{name}": shares[name] for name in sorted(run.old_skills)}
     run.step += 1
     run.policy.engine.sync_weights(run.step)
-    metrics = {**step_metrics(judged), **learned, **clock.metrics()}
+    metrics = {**step_metrics(judged), **cost_metrics(scored), **replayed, **learned, **clock.metrics()}
     run.log(metrics)
     keep_episodes(run, scored, {item.task.id: item.task for item in drawn})
     rates = [f"{name} {100 * metrics[f'{name}/success']:.0f} %" for name in run.skills if f"{name}/success" in metrics]
@@ -129,6 +133,18 @@ def _group(run: Run, item: Drawn, copies: int) -> list[EpisodeSpec]:
         )
         for copy in range(copies)
     ]
+
+
+async def _evaluated(run: Run) -> bool:
+    """Evaluate where it is due before the end: every skill after a stage, those of stages so far in between."""
+    step, config = run.step, run.config
+    if run.finished_stage is not None:
+        await run.evaluate(f"after_{run.finished_stage}")
+    elif _due(step, config.train.eval_every) and step < config.train.steps:
+        await run.evaluate(f"step_{step:06d}", (*config.new_at(step), *config.old_at(step)))
+    else:
+        return False
+    return True
 
 
 def _due(step: int, every: int | None) -> bool:

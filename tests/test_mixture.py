@@ -4,7 +4,7 @@ import pytest
 
 from agentopd.config.run import ReplayConfig, SkillConfig
 from agentopd.errors import ConfigError
-from agentopd.mixture import Mixture, ReplayScores, TaskStream, replay_weights
+from agentopd.mixture import CoresetStream, Mixture, ReplayScores, TaskStream, budgeted_shares, replay_weights
 from agentopd.types import Task
 
 
@@ -62,16 +62,66 @@ def test_a_lost_skill_is_replayed_more_and_a_kept_one_is_never_dropped():
 
 
 def test_replay_weights_follow_the_formula():
-    config = ReplayConfig(floor=0.1)
+    config = ReplayConfig(policy="forgetting", floor=0.1)
     scores = ReplayScores(base={"a": 0.9, "b": 0.9}, current={"a": 0.5, "b": 0.95})
     assert replay_weights(["a", "b"], config, scores) == pytest.approx({"a": 0.5 / 0.7, "b": 0.2 / 0.7})
-    assert replay_weights(["a", "b"], ReplayConfig(policy="fixed"), scores) == pytest.approx({"a": 0.5, "b": 0.5})
+    assert replay_weights(["a", "b"], ReplayConfig(), scores) == pytest.approx({"a": 0.5, "b": 0.5})
+
+
+def test_budgeted_replay_doubles_for_a_lost_skill_and_relaxes_for_a_kept_one():
+    config = ReplayConfig(policy="budgeted", share=0.2, min_share=0.05, max_share=0.4)
+    scores = ReplayScores(base=dict.fromkeys("abc", 0.9), current={"a": 0.8, "b": 0.9, "c": 0.885})
+    moved = budgeted_shares({"a": 0.1, "b": 0.1, "c": 0.1}, config, scores, tolerated_drop=0.02)
+    assert moved == pytest.approx({"a": 0.2, "b": 0.07, "c": 0.1})
+    assert budgeted_shares({"b": 0.06}, config, scores, 0.02) == {"b": 0.05}
+    assert sum(budgeted_shares({"a": 0.39, "b": 0.3}, config, scores, 0.02).values()) == pytest.approx(0.4)
+
+
+def test_budgeted_shares_find_the_least_replay_that_keeps_a_skill():
+    """A skill that is lost below a share of 0.12 and kept above it: the share settles around that."""
+    mix = mixture(policy="budgeted")
+    mix.assign(["repair", "store"], ["math"])
+    mix.scores.update({"math": 0.9})
+    seen = []
+    for _ in range(40):
+        share = mix.shares()["math"]
+        seen.append(share)
+        mix.scores.update({"math": 0.9 if share >= 0.12 else 0.8})
+        mix.react(0.02)
+    assert min(seen[10:]) >= 0.08 and max(seen[10:]) <= 0.25
+    assert sum(mix.shares().values()) == pytest.approx(1)
+    assert mix.react(0.02).keys() == {"math"} and mixture().react(0.02) == {}
+
+
+def test_skills_of_other_stages_are_not_drawn_and_learned_ones_are_replayed():
+    mix = mixture()
+    mix.assign(["repair"], ["math"])
+    assert {item.skill for item in mix.draw(20)} == {"repair", "math"}
+    mix.assign(["store"], ["math", "repair"])
+    drawn = [item for _ in range(10) for item in mix.draw(16)]
+    assert {item.skill for item in drawn if item.replay} == {"math", "repair"}
+    assert abs(sum(item.replay for item in drawn) - 40) <= 2
+    mix.assign(["repair"], [])
+    assert mix.shares() == {"repair": 1.0}
+
+
+def test_a_coreset_is_cycled_through_and_seekable():
+    tasks = TaskStream(source("rows", 5), skill("rows"), seed=3).take(4)
+    stream = CoresetStream(tasks, "rows", seed=0)
+    first, second = stream.take(4), stream.take(4)
+    assert {task.id for task in first} == {task.id for task in second} == {task.id for task in tasks}
+    stream.seek(4)
+    assert stream.take(4) == second
+    mix = mixture()
+    mix.replay_streams["math"] = CoresetStream(tasks, "rows", seed=0)
+    assert {item.task.env for item in mix.draw(40) if item.skill == "math"} == {"rows"}
 
 
 def test_a_restored_mixture_draws_the_same_batches():
     one, two = mixture(), mixture()
     for _ in range(3):
         one.draw(5)
+    one.share = 0.4
     two.restore(one.state())
     assert [one.draw(5) for _ in range(4)] == [two.draw(5) for _ in range(4)]
 

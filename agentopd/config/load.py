@@ -62,6 +62,7 @@ def _raw(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         _apply(raw, override)
     if isinstance(raw.get("suite"), str):
         raw["suite"] = _suite_table(_beside(path, raw["suite"]))
+    _take_in_stage_suites(raw, path)
     # Block settings of the file were chosen beside the file's preset: picking another one starts from its own.
     picks_preset = [text for text in overrides if text.partition("=")[0].strip() == "objective.preset"]
     for override in picks_preset:
@@ -71,6 +72,21 @@ def _raw(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         if override not in picks_suite and override not in picks_preset:
             _apply(raw, override)
     return raw
+
+
+def _take_in_stage_suites(raw: dict[str, Any], path: Path) -> None:
+    """A stage that names a suite brings its skills into the run's, as new ones."""
+    stages = raw.get("stages")
+    for stage in stages if isinstance(stages, list) else []:
+        if not isinstance(stage, dict) or "suite" not in stage:
+            continue
+        given = stage.pop("suite")
+        brought = _suite_table(_beside(path, given)) if isinstance(given, str) else dict(given)
+        suite = raw.setdefault("suite", {"name": "continual", "skills": []})
+        known = {skill.get("name") for skill in suite.setdefault("skills", [])}
+        skills = [{**skill, "role": "new"} for skill in brought.get("skills", [])]
+        suite["skills"] += [skill for skill in skills if skill.get("name") not in known]
+        stage["skills"] = [skill.get("name") for skill in skills]
 
 
 def _suite_table(path: Path) -> dict[str, Any]:

@@ -8,8 +8,12 @@ from pydantic import Field, field_validator, model_validator
 
 from agentopd.config.base import OFF, Section
 from agentopd.config.objective import ObjectiveConfig
+from agentopd.config.retention import GuardConfig, ReplayConfig, RetentionConfig, StageConfig
 from agentopd.types import Limits
 
+__all__ = ["GuardConfig", "ReplayConfig", "RetentionConfig", "RunConfig", "SkillConfig", "StageConfig", "SuiteConfig"]
+
+SkillRole = Literal["new", "old"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 """``auto``: bfloat16 on accelerators and on CPUs that compute in it, float32 on other CPUs, where bfloat16 is slow."""
 
@@ -23,7 +27,7 @@ class SkillConfig(Section):
     """A registered environment or ``file.py:Class``."""
     source: str = "micro"
     """Which of the environment's task sources to draw from."""
-    role: Literal["new", "old"] = "new"
+    role: SkillRole = "new"
     """``new`` skills are trained; ``old`` ones are replayed and must be kept."""
     weight: float = Field(1.0, gt=0)
     teacher: str | None = None
@@ -47,6 +51,8 @@ class SuiteConfig(Section):
 
     name: str = "suite"
     skills: tuple[SkillConfig, ...] = ()
+    retention: RetentionConfig | None = None
+    """How much may be lost; declared, `agentopd retention` fails where it is broken."""
 
     @model_validator(mode="after")
     def _sane(self) -> SuiteConfig:
@@ -56,6 +62,9 @@ class SuiteConfig(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two skills are named {name!r}; metrics are keyed by name, so rename one")
+        for name in self.retention.tasks if self.retention else ():
+            if name not in names:
+                raise ValueError(f"retention.tasks names skill {name!r}; the suite has: {', '.join(names)}")
         return self
 
 
@@ -126,16 +135,6 @@ class LearnerConfig(Section):
     and the stage that keeps fp32 gradients."""
 
 
-class ReplayConfig(Section):
-    """On-policy replay of old skills: their prompts are sampled again from the current student."""
-
-    share: float = Field(0.25, ge=0, lt=1)
-    """Share of each batch's prompts drawn from old skills; 0 is off."""
-    policy: Literal["fixed", "forgetting"] = "forgetting"
-    """``forgetting`` draws skill j with weight ``max(floor, base_j - current_j) + floor``."""
-    floor: float = Field(0.1, gt=0)
-
-
 class EvalConfig(Section):
     """Evaluations during and around training."""
 
@@ -144,6 +143,20 @@ class EvalConfig(Section):
     """Attempts per task (avg@k, pass@k)."""
     temperature: float = Field(1.0, ge=0)
     seed: int = 1234
+    start_kl: bool | None = None
+    """Measure KL(student, starting student) on the held-out episodes, by the log-probs of what was sampled; holds the
+    starting student in memory. None measures it where ``temperature`` is 1: other samples are not the policy's."""
+
+    @model_validator(mode="after")
+    def _kl_needs_samples_of_the_policy(self) -> EvalConfig:
+        if self.start_kl and self.temperature != 1:
+            raise ValueError(f"start_kl needs temperature 1 (it is {self.temperature}): leave one of them out")
+        return self
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether evaluations score their episodes under the starting student."""
+        return self.temperature == 1 if self.start_kl is None else self.start_kl
 
 
 class SandboxConfig(Section):
@@ -179,22 +192,31 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     learner: LearnerConfig = LearnerConfig()
     replay: ReplayConfig = ReplayConfig()
+    guard: GuardConfig = GuardConfig()
+    stages: tuple[StageConfig, ...] = ()
+    """Stages of a continual run, in order; none trains every new skill at once for ``train.steps``."""
     eval: EvalConfig = EvalConfig()
     sandbox: SandboxConfig = SandboxConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="before")
     @classmethod
-    def _no_replay_without_old_skills(cls, data: Any) -> Any:
-        """A suite without old skills has nothing to replay: the default share is then 0, and a given one an error."""
+    def _filled_in(cls, data: Any) -> Any:
+        """Without old skills there is nothing to replay: the default share is then 0, and a given one an error.
+
+        With stages, ``train.steps`` is the sum of theirs.
+        """
         if not isinstance(data, dict) or not isinstance(data.get("suite"), dict):
             return data
         skills = data["suite"].get("skills") or []
-        if any(isinstance(skill, dict) and skill.get("role") == "old" for skill in skills):
-            return data
-        replay = data.get("replay") or {}
-        if isinstance(replay, dict) and "share" not in replay:
-            return {**data, "replay": {**replay, "share": 0.0}}
+        stages = data.get("stages") or []
+        has_old = any(isinstance(skill, dict) and skill.get("role") == "old" for skill in skills)
+        replay, train = data.get("replay") or {}, data.get("train") or {}
+        if not has_old and len(stages) < 2 and isinstance(replay, dict) and "share" not in replay:
+            data = {**data, "replay": {**replay, "share": 0.0}}
+        steps = [stage.get("steps") for stage in stages if isinstance(stage, dict)]
+        if stages and all(isinstance(num, int) for num in steps) and isinstance(train, dict) and "steps" not in train:
+            data = {**data, "train": {**train, "steps": sum(num for num in steps if isinstance(num, int))}}
         return data
 
     @model_validator(mode="after")
@@ -203,16 +225,17 @@ class RunConfig(Section):
         new = [skill for skill in self.suite.skills if skill.role == "new"]
         if not new:
             raise ValueError("no skill has role 'new': there is nothing to train")
-        if self.replay.share > 0 and len(new) == len(self.suite.skills):
+        if self.replay.share > 0 and len(new) == len(self.suite.skills) and len(self.stages) < 2:
             raise ValueError(
                 f"replay.share is {self.replay.share} but no skill has role 'old': add one, or set it to 0"
             )
         for skill in self.suite.skills:
-            if skill.teacher is not None and skill.teacher not in self.teachers:
+            key = self.teacher_of(skill)
+            if key is not None and key not in self.teachers:
                 known = ", ".join(sorted(self.teachers)) or "none"
-                raise ValueError(f"skill {skill.name!r} names teacher {skill.teacher!r}; [teachers] has: {known}")
+                raise ValueError(f"skill {skill.name!r} names teacher {key!r}; [teachers] has: {known}")
         if self.objective.needs_teacher and "default" not in self.teachers:
-            lacking = [skill.name for skill in new if skill.teacher is None]
+            lacking = [skill.name for skill in new if self.teacher_of(skill) is None]
             if lacking:
                 raise ValueError(
                     f"objective {self.objective.preset!r} needs a teacher for skill {lacking[0]!r}: "
@@ -221,3 +244,85 @@ class RunConfig(Section):
         if self.objective.verifier.kind == "grpo" and self.rollout.group_size < 2:
             raise ValueError("the group-relative advantage needs rollout.group_size >= 2 (it is 1)")
         return self
+
+    @model_validator(mode="after")
+    def _stages_cover_the_new_skills(self) -> RunConfig:
+        if not self.stages:
+            return self
+        names = [stage.name for stage in self.stages]
+        new = [skill.name for skill in self.suite.skills if skill.role == "new"]
+        taught = [name for stage in self.stages for name in stage.skills]
+        for stage in self.stages:
+            if names.count(stage.name) > 1:
+                raise ValueError(
+                    f"two stages are named {stage.name!r}; evaluations are named after them, so rename one"
+                )
+            if not stage.skills:
+                raise ValueError(f"stage {stage.name!r} trains nothing: give it skills, or a suite")
+        for name in taught:
+            if name not in new:
+                raise ValueError(f"stages name skill {name!r}; the suite's new skills are: {', '.join(new)}")
+            if taught.count(name) > 1:
+                raise ValueError(f"skill {name!r} is in two stages; it is replayed after its first")
+        for name in new:
+            if name not in taught:
+                raise ValueError(f"no stage trains the new skill {name!r}: add it to one, or make its role 'old'")
+        total = sum(stage.steps for stage in self.stages)
+        if self.train.steps != total:
+            raise ValueError(f"train.steps is {self.train.steps} but the stages take {total}: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _reactions_have_something_to_react_to(self) -> RunConfig:
+        """A policy or guard that acts on evaluations needs some between the first and the last, and a tolerance."""
+        most_old = max(len(self.old_at(step)) for step in (0, self.train.steps - 1))
+        reacting = [f"replay.policy {self.replay.policy!r}"] if self.replay.policy in ("forgetting", "budgeted") else []
+        reacting += ["guard.enabled"] if self.guard.enabled else []
+        for what in reacting:
+            if self.train.eval_every is None and len(self.stages) < 2:
+                raise ValueError(f"{what} acts on evaluations during the run: set train.eval_every")
+            if most_old == 0:
+                raise ValueError(f"{what} keeps old skills, and no skill has role 'old'")
+        if self.replay.policy == "forgetting" and most_old == 1:
+            raise ValueError(
+                "replay.policy 'forgetting' divides replay among old skills, and there is one: use 'fixed'"
+            )
+        if self.replay.policy == "budgeted" and self.guard.enabled and self.guard.raise_share != 1:
+            raise ValueError("replay.policy 'budgeted' sets the shares itself: set guard.raise_share = 1")
+        if self.guard.enabled and self.guard.raise_share != 1 and self.replay.share == 0:
+            raise ValueError("guard.raise_share raises replay.share, which is 0: set one of them")
+        if self.suite.retention is None and (self.guard.enabled or self.replay.policy == "budgeted"):
+            raise ValueError("how much may be lost? declare suite.retention.tolerated_drop")
+        declared = self.suite.retention
+        if declared is not None and declared.baseline not in (None, self.model.student):
+            raise ValueError(
+                f"suite.retention.baseline is {declared.baseline!r} but the run starts from {self.model.student!r}: "
+                "start from the baseline, or leave it out"
+            )
+        return self
+
+    def teacher_of(self, skill: SkillConfig) -> str | None:
+        """The key of ``[teachers]`` that a skill, or the stage that trains it, names."""
+        stage = next((stage for stage in self.stages if skill.name in stage.skills), None)
+        return skill.teacher or (stage.teacher if stage else None)
+
+    def stage_at(self, step: int) -> int:
+        """Index of the stage that trains after ``step`` finished steps; the last one at the end."""
+        done = 0
+        for index, stage in enumerate(self.stages):
+            done += stage.steps
+            if step < done:
+                return index
+        return max(0, len(self.stages) - 1)
+
+    def new_at(self, step: int) -> tuple[str, ...]:
+        """Skills trained after ``step`` finished steps."""
+        if self.stages:
+            return self.stages[self.stage_at(step)].skills
+        return tuple(skill.name for skill in self.suite.skills if skill.role == "new")
+
+    def old_at(self, step: int) -> tuple[str, ...]:
+        """Skills to keep after ``step`` finished steps: those of the start, and those of earlier stages."""
+        old = tuple(skill.name for skill in self.suite.skills if skill.role == "old")
+        earlier = self.stages[: self.stage_at(step)] if self.stages else ()
+        return old + tuple(name for stage in earlier for name in stage.skills)

@@ -9,7 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agentopd.evaluation.statistics import Interval, mean_interval
+import numpy as np
+
+from agentopd.evaluation.statistics import Interval, bootstrap, mean_interval
 from agentopd.types import Record, Verdict, VersionedRecord
 
 
@@ -19,6 +21,8 @@ class TaskScore(Record):
     task_id: str
     outcomes: tuple[float, ...]
     rewards: tuple[float, ...]
+    start_kl: float | None = None
+    """Nats per sampled token that the model has moved from its start, over this task's attempts."""
 
     @property
     def mean(self) -> float:
@@ -41,6 +45,9 @@ class SkillScore(Record):
     infra_errors: int
     """Attempts without a verdict (infrastructure or task faults, ambiguous judgements)."""
     mean_reward: float | None
+    start_kl: float | None = None
+    """KL(model, start) in nats per sampled token: mean over tasks of the log-ratio of what was sampled."""
+    start_kl_ci95: Interval | None = None
     per_task: tuple[TaskScore, ...] = ()
 
     @property
@@ -70,9 +77,17 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def score_skill(verdicts: Mapping[str, Sequence[Verdict]], k: int, seed: int = 0) -> SkillScore:
-    """Score one skill from verdicts by task id, k attempts each; ``seed`` drives the bootstrap only."""
-    tasks = tuple(task for task in (_judged(task_id, given) for task_id, given in verdicts.items()) if task.outcomes)
+def score_skill(
+    verdicts: Mapping[str, Sequence[Verdict]], k: int, seed: int = 0, start_kl: Mapping[str, float] | None = None
+) -> SkillScore:
+    """Score one skill from verdicts by task id, k attempts each; ``seed`` drives the bootstrap only.
+
+    ``start_kl`` holds the KL to the start by task id, in nats per sampled token.
+    """
+    known = start_kl or {}
+    judged = (_judged(task_id, given, known.get(task_id)) for task_id, given in verdicts.items())
+    tasks = tuple(task for task in judged if task.outcomes)
+    moved = [task.start_kl for task in tasks if task.start_kl is not None]
     attempts = sum(len(given) for given in verdicts.values())
     unjudged = attempts - sum(len(task.outcomes) for task in tasks)
     means = [task.mean for task in tasks]
@@ -87,15 +102,16 @@ def score_skill(verdicts: Mapping[str, Sequence[Verdict]], k: int, seed: int = 0
         ci95=mean_interval(means, seed) if means else None,
         infra_errors=unjudged,
         mean_reward=_mean(rewards),
+        start_kl=_mean(moved),
+        start_kl_ci95=bootstrap(np.array(moved)[:, None], lambda m: m[:, 0], seed) if len(moved) > 1 else None,
         per_task=tasks,
     )
 
 
-def _judged(task_id: str, verdicts: Sequence[Verdict]) -> TaskScore:
+def _judged(task_id: str, verdicts: Sequence[Verdict], start_kl: float | None) -> TaskScore:
     judged = [(v.outcome, v.reward) for v in verdicts if v.outcome is not None and v.reward is not None]
-    return TaskScore(
-        task_id=task_id, outcomes=tuple(outcome for outcome, _ in judged), rewards=tuple(reward for _, reward in judged)
-    )
+    outcomes, rewards = tuple(outcome for outcome, _ in judged), tuple(reward for _, reward in judged)
+    return TaskScore(task_id=task_id, outcomes=outcomes, rewards=rewards, start_kl=start_kl)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""Intervals for means over tasks and over seeds, and paired comparisons; all seeded, none needing SciPy.
+"""Intervals for means over tasks and over seeds, and paired comparisons over tasks; all seeded, none needing SciPy.
 
 The unit of resampling is always the task: attempts at one task are not independent of each other.
 """
@@ -20,6 +20,8 @@ Floats = npt.NDArray[np.float64]
 RESAMPLES = 2000
 _NORMAL = NormalDist()
 _CHUNK = 2_000_000  # indices drawn at once: bounds the memory of a bootstrap over many tasks
+_FEW = 3
+_EXACT_UP_TO = 12  # so many changed tasks have few enough sign patterns to try them all
 
 
 class Difference(Record):
@@ -87,15 +89,25 @@ def bootstrap(rows: Floats, statistic: Callable[[Floats], Floats], seed: int, le
     n = len(rows)
     if n < 2:
         raise ValueError(f"a bootstrap needs at least two tasks, got {n}")
-    rng = np.random.default_rng(seed)
-    size = max(1, _CHUNK // n)
-    parts = []
-    for start in range(0, RESAMPLES, size):
-        picks = rng.integers(0, n, size=(min(size, RESAMPLES - start), n))
-        parts.append(statistic(rows[picks].mean(axis=1)))
+    values = statistic(_resampled_means(rows, np.random.default_rng(seed)))
     tail = _NORMAL.cdf(-math.sqrt(n / (n - 1)) * student_t_quantile(0.5 + level / 2, n - 1))
-    low, high = np.quantile(np.concatenate(parts), [tail, 1 - tail])
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _resampled_means(rows: Floats, rng: np.random.Generator) -> Floats:
+    """Means (resamples, columns) of rows drawn with replacement.
+
+    Rows of few distinct values (outcomes of few attempts) are drawn by their counts, which is the same distribution.
+    """
+    n = len(rows)
+    distinct, counts = np.unique(rows, axis=0, return_counts=True)
+    if len(distinct) <= n // _FEW:
+        means: Floats = rng.multinomial(n, counts / n, size=RESAMPLES) @ distinct / n
+        return means
+    size = max(1, _CHUNK // n)
+    sizes = [min(size, RESAMPLES - start) for start in range(0, RESAMPLES, size)]
+    return np.concatenate([rows[rng.integers(0, n, size=(part, n))].mean(axis=1) for part in sizes])
 
 
 def mean_interval(values: Sequence[float], seed: int, level: float = 0.95) -> Interval:
@@ -134,10 +146,16 @@ def paired_difference(before: Mapping[str, float], after: Mapping[str, float], s
 
 
 def sign_flip_p_value(deltas: Floats, seed: int, flips: int = 4000) -> float:
-    """Two-sided p-value of a sign-flip permutation test of a zero mean, (1 + hits) / (1 + flips)."""
+    """Two-sided p-value of a sign-flip permutation test of a zero mean.
+
+    Exact where at most twelve differences are not zero, otherwise ``(1 + hits) / (1 + flips)`` of random flips.
+    """
     moved = deltas[deltas != 0]
     if len(moved) == 0:
         return 1.0
+    if len(moved) <= _EXACT_UP_TO:
+        bits = (np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1
+        return float((np.abs((2 * bits - 1) @ moved) >= abs(float(moved.sum())) - 1e-12).mean())
     rng = np.random.default_rng(seed)
     signs = rng.integers(0, 2, size=(flips, len(moved)), dtype=np.int8) * 2 - 1
     hits = int((np.abs(signs @ moved) >= abs(float(moved.sum())) - 1e-12).sum())

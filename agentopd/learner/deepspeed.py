@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from agentopd.config.run import LearnerConfig
 from agentopd.errors import ConfigError, InfraError
 from agentopd.learner import runtime
 from agentopd.learner.head import head_logprobs, hidden_states, output_head
-from agentopd.learner.schedule import learning_rate
+from agentopd.learner.schedule import scheduled_rate
 from agentopd.objective.compose import compute_loss
 from agentopd.objective.metrics import Sums, add_sums, means
 from agentopd.objective.microbatches import split_micro_batches
@@ -53,7 +54,10 @@ class DeepSpeedLearner:
     def __init__(self, model: Any, config: LearnerConfig, objective: ObjectiveConfig, total_steps: int) -> None:
         self.config = config
         self.objective = objective
-        self.total_steps = total_steps
+        self.stretches: Sequence[int] = (total_steps,)
+        """Lengths of the stretches of steps that each have a learning-rate schedule of their own."""
+        self.rate_scale = 1.0
+        """Factor on the scheduled learning rate."""
         self.steps_done = 0
         self._deepspeed = runtime.start()
         self._engine = self._initialised(_Scorer(model.eval()))
@@ -73,7 +77,7 @@ class DeepSpeedLearner:
         if not runtime.all_reduce_max(batch.num_tokens):
             return {**batch.metrics, "learner/skipped": 1.0}
         micro_batches = self._micro_batches(batch)
-        rate = learning_rate(self.config, self.steps_done, self.total_steps)
+        rate = self.rate_scale * scheduled_rate(self.config, self.steps_done, self.stretches)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         old = [None] * len(micro_batches) if self.config.epochs == 1 else [self._score(x) for x in micro_batches]
@@ -89,8 +93,9 @@ class DeepSpeedLearner:
 
     def save(self, directory: str | Path) -> None:
         """Write weights, fp32 masters, optimiser state, schedule position and random states."""
+        state = {"steps_done": self.steps_done, "rate_scale": self.rate_scale}
         with runtime.quiet():
-            self._engine.save_checkpoint(str(directory), tag=_TAG, client_state={"steps_done": self.steps_done})
+            self._engine.save_checkpoint(str(directory), tag=_TAG, client_state=state)
         torch.save(torch.get_rng_state(), self._rng_file(directory))
 
     def load(self, directory: str | Path) -> None:
@@ -99,7 +104,7 @@ class DeepSpeedLearner:
             raise ConfigError(f"{str(directory)!r} holds no learner state for rank {runtime.rank()}")
         with runtime.quiet():
             _, client_state = self._engine.load_checkpoint(str(directory), tag=_TAG)
-        self.steps_done = client_state["steps_done"]
+        self.steps_done, self.rate_scale = client_state["steps_done"], client_state.get("rate_scale", 1.0)
         torch.set_rng_state(torch.load(self._rng_file(directory), weights_only=True))
 
     def export(self, directory: str | Path) -> None:

@@ -1,6 +1,22 @@
-"""What goes into each batch: new skills by weight, old skills replayed on-policy."""
+"""What goes into each batch: new skills by weight, old skills replayed on-policy; and what is done to keep them."""
 
-from agentopd.mixture.replay import ReplayScores, replay_weights
-from agentopd.mixture.suite import Drawn, Mixture, MixtureState, TaskStream
+from agentopd.mixture.coreset import choose_tasks, load_embedder
+from agentopd.mixture.guard import Action, GuardState, guard_actions
+from agentopd.mixture.replay import ReplayScores, budgeted_shares, replay_weights
+from agentopd.mixture.suite import CoresetStream, Drawn, Mixture, MixtureState, TaskStream
 
-__all__ = ["Drawn", "Mixture", "MixtureState", "ReplayScores", "TaskStream", "replay_weights"]
+__all__ = [
+    "Action",
+    "CoresetStream",
+    "Drawn",
+    "GuardState",
+    "Mixture",
+    "MixtureState",
+    "ReplayScores",
+    "TaskStream",
+    "budgeted_shares",
+    "choose_tasks",
+    "guard_actions",
+    "load_embedder",
+    "replay_weights",
+]

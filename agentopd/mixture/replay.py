@@ -1,8 +1,11 @@
-"""How much of the replay share each old skill gets.
+"""How much replay each old skill gets.
 
 ``forgetting`` follows docs/algorithms.md (on-policy replay): skill j is drawn with weight
-``max(floor, base_j - current_j) + floor``, where base and current are its scores at the start and at the latest
+``max(floor, base_j - current_j) + floor``, where base and current are its scores when it was learned and at the latest
 retention evaluation. A skill that was lost is replayed more; one that was kept is never dropped.
+
+``budgeted`` is a controller of each skill's own share: doubled while the skill is below its tolerance, relaxed while it
+has half of it to spare.
 """
 
 from __future__ import annotations
@@ -10,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from agentopd.config.run import ReplayConfig
+from agentopd.config.retention import ReplayConfig
+
+_RAISE, _RELAX = 2.0, 0.7
+"""Losing a skill costs more than replaying it a little too long: up fast, down slowly."""
 
 
 @dataclass
 class ReplayScores:
-    """Scores of the old skills at the start of the run and at the latest retention evaluation."""
+    """Scores of the old skills when they became old and at the latest retention evaluation."""
 
     base: dict[str, float] = field(default_factory=dict)
     current: dict[str, float] = field(default_factory=dict)
@@ -26,15 +32,33 @@ class ReplayScores:
             self.base.setdefault(skill, score)
             self.current[skill] = score
 
+    def loss(self, skill: str) -> float:
+        """How far a skill is below its base; 0 for one without a score."""
+        return self.base.get(skill, 0.0) - self.current.get(skill, self.base.get(skill, 0.0))
+
 
 def replay_weights(skills: Sequence[str], config: ReplayConfig, scores: ReplayScores) -> dict[str, float]:
-    """Share of the replay budget of each old skill; sums to 1. Skills without a score count as kept."""
+    """Part of the replay share of each old skill; sums to 1. Skills without a score count as kept."""
     if not skills:
         return {}
     raw = dict.fromkeys(skills, 1.0)
     if config.policy == "forgetting":
-        for name in skills:
-            lost = scores.base.get(name, 0.0) - scores.current.get(name, scores.base.get(name, 0.0))
-            raw[name] = max(config.floor, lost) + config.floor
+        raw = {name: max(config.floor, scores.loss(name)) + config.floor for name in skills}
     total = sum(raw.values())
     return {name: value / total for name, value in raw.items()}
+
+
+def budgeted_shares(
+    shares: Mapping[str, float], config: ReplayConfig, scores: ReplayScores, tolerated_drop: float
+) -> dict[str, float]:
+    """The shares of the next stretch, from those of the last one and what it did to each skill.
+
+    Every share stays at least ``min_share``, their sum at most ``max_share``.
+    """
+    moved = {}
+    for name, share in shares.items():
+        loss = scores.loss(name)
+        factor = _RAISE if loss > tolerated_drop else _RELAX if loss <= tolerated_drop / 2 else 1.0
+        moved[name] = max(config.min_share, share * factor)
+    total = sum(moved.values())
+    return {name: share * min(1.0, config.max_share / total) for name, share in moved.items()}

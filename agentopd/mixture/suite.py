@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 
-from agentopd.config.run import ReplayConfig, SkillConfig
+from agentopd.config.retention import ReplayConfig
+from agentopd.config.run import SkillConfig
 from agentopd.contracts import Environment
 from agentopd.errors import ConfigError
-from agentopd.mixture.replay import ReplayScores, replay_weights
+from agentopd.mixture.replay import ReplayScores, budgeted_shares, replay_weights
 from agentopd.types import Split, Task
 
 _FINITE_BELOW = 1024
@@ -66,6 +67,30 @@ class Drawn:
     replay: bool
 
 
+class CoresetStream:
+    """A chosen few of a skill's tasks, over and over in a new order each time; seekable like ``TaskStream``."""
+
+    def __init__(self, tasks: Sequence[Task], name: str, seed: int) -> None:
+        self._tasks, self._name, self._seed = list(tasks), name, seed
+        self.position = 0
+
+    def take(self, num: int) -> list[Task]:
+        """The next ``num`` tasks."""
+        start = self.position
+        self.position += num
+        return [self._at(index) for index in range(start, start + num)]
+
+    def seek(self, position: int) -> None:
+        """Continue as if ``position`` tasks had been taken."""
+        self.position = position
+
+    def _at(self, index: int) -> Task:
+        epoch, place = divmod(index, len(self._tasks))
+        order = list(range(len(self._tasks)))
+        random.Random(f"{self._seed}/coreset/{self._name}/{epoch}").shuffle(order)
+        return self._tasks[order[place]]
+
+
 @dataclass
 class MixtureState:
     """What a checkpoint keeps of a mixture."""
@@ -74,55 +99,98 @@ class MixtureState:
     credits: dict[str, float] = field(default_factory=dict)
     base: dict[str, float] = field(default_factory=dict)
     current: dict[str, float] = field(default_factory=dict)
+    share: float | None = None
+    budgets: dict[str, float] = field(default_factory=dict)
+    replay_positions: dict[str, int] = field(default_factory=dict)
 
 
 class Mixture:
     """Draws each batch: ``1 - share`` from new skills by weight, ``share`` from old skills by replay policy.
 
     Counts follow the targets by running credit, so the long-run shares are exact and every batch is within one prompt
-    of its target.
+    of its target. ``assign`` says which skills are new and old from here on.
     """
 
     def __init__(self, streams: Mapping[str, TaskStream], skills: Sequence[SkillConfig], replay: ReplayConfig) -> None:
         self._streams = dict(streams)
-        self._new = [skill for skill in skills if skill.role == "new"]
+        self._weights = {skill.name: skill.weight for skill in skills}
+        self._new = [skill.name for skill in skills if skill.role == "new"]
         self._old = [skill.name for skill in skills if skill.role == "old"]
         self._replay = replay
+        self.replay_streams: dict[str, CoresetStream] = {}
+        """Where an old skill's prompts come from instead of its own stream."""
         self.scores = ReplayScores()
+        self.share = replay.share
+        """Total replay share; a guard may raise it. ``budgeted`` goes by ``budgets`` instead."""
+        self.budgets: dict[str, float] = {}
         self._credits = {skill.name: 0.0 for skill in skills}
+
+    def assign(self, new: Sequence[str], old: Sequence[str]) -> None:
+        """The skills to train and to replay from here on; skills in neither wait for their stage."""
+        self._new, self._old = list(new), list(old)
 
     def shares(self) -> dict[str, float]:
         """Target share of each skill in a batch; sums to 1."""
-        budget = self._replay.share if self._old else 0.0
-        total = sum(skill.weight for skill in self._new)
-        shares = {skill.name: (1 - budget) * skill.weight / total for skill in self._new}
-        for name, weight in replay_weights(self._old, self._replay, self.scores).items():
-            shares[name] = budget * weight
-        return shares
+        old = self._old_shares()
+        left = 1 - sum(old.values())
+        total = sum(self._weights[name] for name in self._new)
+        return {name: left * self._weights[name] / total for name in self._new} | old
+
+    def react(self, tolerated_drop: float) -> dict[str, float]:
+        """Let the budgeted policy answer the latest scores; returns the shares it moved to (empty without it)."""
+        if self._replay.policy == "budgeted" and self._old:
+            self.budgets |= budgeted_shares(self._old_shares(), self._replay, self.scores, tolerated_drop)
+            return self._old_shares()
+        return {}
 
     def draw(self, num: int) -> list[Drawn]:
         """The next batch of ``num`` prompts, grouped by skill."""
-        counts = dict.fromkeys(self._credits, 0)
-        for name, share in self.shares().items():
+        shares = self.shares()
+        active = [name for name in self._credits if name in shares]
+        counts = dict.fromkeys(active, 0)
+        for name, share in shares.items():
             self._credits[name] += share * num
         for _ in range(num):
-            name = max(self._credits, key=lambda skill: self._credits[skill])
+            name = max(active, key=lambda skill: self._credits[skill])
             self._credits[name] -= 1.0
             counts[name] += 1
         return [
-            Drawn(name, task, name in self._old)
-            for name, count in counts.items()
-            for task in self._streams[name].take(count)
+            Drawn(name, task, name in self._old) for name in active for task in self._stream(name).take(counts[name])
         ]
 
     def state(self) -> MixtureState:
         """Everything needed to continue the same sequence of batches."""
-        positions = {name: stream.position for name, stream in self._streams.items()}
-        return MixtureState(positions, dict(self._credits), dict(self.scores.base), dict(self.scores.current))
+        return MixtureState(
+            positions={name: stream.position for name, stream in self._streams.items()},
+            credits=dict(self._credits),
+            base=dict(self.scores.base),
+            current=dict(self.scores.current),
+            share=self.share,
+            budgets=dict(self.budgets),
+            replay_positions={name: stream.position for name, stream in self.replay_streams.items()},
+        )
 
     def restore(self, state: MixtureState) -> None:
         """Continue from a saved state."""
         for name, position in state.positions.items():
             self._streams[name].seek(position)
+        for name, position in state.replay_positions.items():
+            self.replay_streams[name].seek(position)
         self._credits = dict(state.credits)
         self.scores = ReplayScores(dict(state.base), dict(state.current))
+        self.share = self._replay.share if state.share is None else state.share
+        self.budgets = dict(state.budgets)
+
+    def _stream(self, name: str) -> TaskStream | CoresetStream:
+        return self.replay_streams.get(name, self._streams[name]) if name in self._old else self._streams[name]
+
+    def _old_shares(self) -> dict[str, float]:
+        if not self._old or self._replay.share == 0:
+            return dict.fromkeys(self._old, 0.0)
+        if self._replay.policy == "budgeted":
+            start = max(self._replay.min_share, self._replay.share / len(self._old))
+            shares = {name: self.budgets.get(name, start) for name in self._old}
+            excess = min(1.0, self._replay.max_share / sum(shares.values()))
+            return {name: share * excess for name, share in shares.items()}
+        weights = replay_weights(self._old, self._replay, self.scores)
+        return {name: self.share * weight for name, weight in weights.items()}

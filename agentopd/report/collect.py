@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from agentopd.config.retention import RetentionConfig
 from agentopd.errors import UserError
 from agentopd.evaluation.metrics import EvalResult
-from agentopd.evaluation.retention import RetentionMatrix, retention_matrix
+from agentopd.evaluation.retention import RetentionMatrix, Tolerance, retention_matrix
 from agentopd.tracking import KeptEpisode, Provenance, RunDirectory, read_jsonl
 
 TEACHER = "teacher"  # eval/teacher*.json is the teacher's own score, not a stage of the run
@@ -78,13 +79,26 @@ class RunData:
         return self.latest is not None and (self.latest.result.step or 0) >= (self.planned_steps or 0)
 
     def retention(self) -> RetentionMatrix | None:
-        """R[stage, skill], or None. New skills count as learned at the last stage, old ones at the first."""
+        """R[stage, skill], or None; with a verdict on each skill where the suite declares a tolerance."""
         if not self.stages:
             return None
+        results, names = [stage.result for stage in self.stages], [stage.name for stage in self.stages]
+        declared = _table(_table(self.config, "suite"), "retention")
+        drop, skills = declared.get("tolerated_drop", RetentionConfig().tolerated_drop), declared.get("tasks", ())
+        tolerance = Tolerance(float(drop), tuple(skills)) if declared else None
+        return retention_matrix(results, names, self.learned_at, self.teacher, tolerance=tolerance)
+
+    @property
+    def learned_at(self) -> dict[str, int]:
+        """The evaluation by which each new skill was learned: that of its stage's end, or the last one."""
         last = len(self.stages) - 1
         learned = {skill: last for skill, role in self.roles.items() if role == "new"}
-        results = [stage.result for stage in self.stages]
-        return retention_matrix(results, [stage.name for stage in self.stages], learned, self.teacher)
+        done = 0
+        for stage in self.config.get("stages", ()):
+            done += int(stage["steps"])
+            reached = (index for index, found in enumerate(self.stages) if (found.result.step or 0) >= done)
+            learned |= dict.fromkeys(stage["skills"], next(reached, last))
+        return learned
 
     def missing(self) -> list[str]:
         """What a reader would look for and not find, and why."""

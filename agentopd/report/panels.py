@@ -144,9 +144,9 @@ def _value(row: Mapping[str, Any], key: str) -> float | None:
 
 
 def _phases(keys: Sequence[str]) -> dict[str, str]:
-    """{key: label} of ``time/<phase>``; ``total`` and ``step`` are sums of the others."""
+    """{key: label} of ``time/<phase>``; ``total`` and ``step`` are sums of the others, ``cpu`` is another clock."""
     parts = {key: key.partition("/")[2] for key in keys if key.startswith(("time/", "seconds/"))}
-    return {key: part for key, part in parts.items() if part not in ("total", "step")}
+    return {key: part for key, part in parts.items() if part not in ("total", "step", "cpu")}
 
 
 def _token_counts(keys: Sequence[str], skills: Sequence[str]) -> dict[str, str]:
