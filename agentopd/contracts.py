@@ -262,6 +262,10 @@ class Evidence:
 
     Shapes: ``teacher_logprobs`` (N,), ``topk_ids`` and ``topk_logprobs`` (N, K); all full-vocabulary log-probs at
     temperature 1. ``ref_logprobs`` (N,) are the reference policy's on the same ids.
+
+    ``segments`` (N,) is there when the teacher has another tokenizer: the student's tokens of one segment share a
+    number, -1 is outside all. A token's ``teacher_logprobs`` is then its whole segment's, and only a segment's first
+    token has a top-K.
     """
 
     teacher: str
@@ -269,6 +273,7 @@ class Evidence:
     topk_ids: IntArray | None = None
     topk_logprobs: FloatArray | None = None
     ref_logprobs: FloatArray | None = None
+    segments: IntArray | None = None
 
 
 @runtime_checkable

@@ -10,9 +10,11 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from agentopd.contracts import Evidence, Sandbox, ScoredEpisode, Teacher, Verifier
 from agentopd.errors import InfraError, SandboxError, TaskError, TeacherError, boundary
+from agentopd.teachers.views import View
 from agentopd.types import Episode, StopReason, Task, Verdict, VerdictStatus
 
 _ATTEMPTS = 2
@@ -38,21 +40,35 @@ async def judge(task: Task, episode: Episode, verifier: Verifier, sandbox: Sandb
 
 
 async def gather_evidence(
-    episodes: Sequence[Episode], routes: Mapping[str, str], teachers: Mapping[str, Teacher], top_k: int
+    episodes: Sequence[Episode],
+    routes: Mapping[str, str],
+    teachers: Mapping[str, Teacher],
+    top_k: int,
+    views: Mapping[str, View] = MappingProxyType({}),
+    tasks: Mapping[str, Task] = MappingProxyType({}),
 ) -> list[Evidence | None]:
     """Evidence for each episode from the teacher its skill is routed to (``routes``: skill to teacher key).
 
-    Skills without a route, episodes without a sampled token, and those an environment fault ended, get None.
+    Skills without a route, episodes without a sampled token, and those an environment fault ended, get None. A teacher
+    with a view (``views``: teacher key to view) scores what the view shows; it needs the episode's task in ``tasks``
+    (task hash to task). Raises ``TeacherError`` for a route to a teacher that is not there.
     """
     by_teacher: dict[str, list[int]] = defaultdict(list)
     for index, episode in enumerate(episodes):
         if _scorable(episode) and episode.skill in routes:
             by_teacher[routes[episode.skill]].append(index)
+    unknown = sorted(by_teacher.keys() - teachers.keys())
+    if unknown:
+        raise TeacherError(f"skills are routed to teacher {unknown[0]!r}; there are: {', '.join(sorted(teachers))}")
     results: list[Evidence | None] = [None] * len(episodes)
 
     async def ask(key: str, indices: list[int]) -> None:
+        mine, view = [episodes[i] for i in indices], views.get(key)
+        shown = [view.show(tasks[episode.task_hash], episode) for episode in mine] if view else mine
         with boundary(TeacherError, f"teacher {key!r}"):
-            answers = await teachers[key].score([episodes[i] for i in indices], top_k)
+            answers = await teachers[key].score(shown, top_k)
+        if view:
+            answers = [view.read(*item) for item in zip(mine, shown, answers, strict=True)]
         for index, answer in zip(indices, answers, strict=True):
             results[index] = answer
 
