@@ -15,7 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from agentopd.config.objective import CalibratedRouter, GoldNLL, GroupAdvantage, ObjectiveConfig
+from agentopd.config.objective import ObjectiveConfig
+from agentopd.config.objective_blocks import CalibratedRouter, GroupAdvantage
+from agentopd.config.objective_data import GoldNLL
 from agentopd.contracts import Evidence, ScoredEpisode
 from agentopd.errors import ConfigError, TeacherError
 from agentopd.objective.advantages import group_advantages

@@ -273,6 +273,12 @@ class Evidence:
     topk_ids: IntArray | None = None
     topk_logprobs: FloatArray | None = None
     ref_logprobs: FloatArray | None = None
+    candidate_ids: IntArray | None = None
+    """The student's own most likely ids (N, K), where an objective asks what the teacher thinks of them."""
+    candidate_logprobs: FloatArray | None = None
+    """The teacher's log-probs of ``candidate_ids`` (N, K)."""
+    hidden: FloatArray | None = None
+    """A local teacher's last hidden states (N, H), where an objective compares whole distributions."""
     segments: IntArray | None = None
 
 
@@ -302,3 +308,5 @@ class ScoredEpisode:
     evidence: Evidence | None = None
     replay: bool = False
     """Whether it was drawn from an older skill for replay."""
+    anchor: bool = False
+    """Whether it is a teacher's or a gold trajectory beside the student's own: it takes part in the anchor alone."""

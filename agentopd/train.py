@@ -85,7 +85,7 @@ async def train_step(run: Run) -> str:
 async def collect(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
     """Episodes of every prompt, judged as they finish while others still sample."""
     config = run.config
-    copies = config.rollout.group_size if config.objective.source == "student" else 1
+    copies = config.rollout.group_size if config.objective.source.kind == "student" else 1
     specs = [spec for item in drawn for spec in _group(run, item, copies)]
     tasks = {item.task.id: item.task for item in drawn}
     options = RolloutOptions(
@@ -95,7 +95,7 @@ async def collect(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
     async def finished(spec: EpisodeSpec, episode: Episode) -> Judged:
         return episode, await run.judge(tasks[spec.task.id], episode)
 
-    if config.objective.source == "student":
+    if config.objective.source.kind == "student":
         return await stream_episodes(specs, run.policy.engine, run.policy.renderer, finished, options)
 
     async def gold(spec: EpisodeSpec) -> Judged:

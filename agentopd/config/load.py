@@ -30,7 +30,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     ``suite`` may be a table or the path of a suite file, relative to the config file. Raises ``ConfigError``.
     """
     raw = _raw(Path(path), overrides)
-    raw["objective"] = _merged_objective(raw.get("objective", {}))
+    raw["objective"] = merged_objective(raw.get("objective", {}))
     return _validate(RunConfig, raw, str(path))
 
 
@@ -46,7 +46,7 @@ def load_suite(name: str | Path) -> SuiteConfig:
 
 def resolve_objective(preset: str) -> ObjectiveConfig:
     """A preset with every block filled in. Raises ``ConfigError`` for an unknown one."""
-    return _validate(ObjectiveConfig, _merged_objective({"preset": preset}), f"preset {preset!r}")
+    return _validate(ObjectiveConfig, merged_objective({"preset": preset}), f"preset {preset!r}")
 
 
 def dump_toml(config: Section) -> str:
@@ -138,7 +138,8 @@ def _descend(table: Any, part: str, override: str) -> Any:
     return child
 
 
-def _merged_objective(given: Any) -> dict[str, Any]:
+def merged_objective(given: Any) -> dict[str, Any]:
+    """An objective table as a file gives it, with its preset's blocks filled in. Raises ``ConfigError``."""
     if not isinstance(given, dict):
         raise ConfigError(f"objective: expected a table, got {given!r}")
     preset = given.get("preset", DEFAULT_PRESET)
@@ -148,6 +149,8 @@ def _merged_objective(given: Any) -> dict[str, Any]:
         raise ConfigError(f"objective.preset: unknown preset {preset!r}; {hint}(presets: {', '.join(PRESETS)})")
     merged: dict[str, Any] = {**deepcopy(PRESETS[preset]), "preset": preset}
     for block, settings in given.items():
+        if isinstance(settings, str) and isinstance(merged.get(block), dict):
+            settings = {"kind": settings}
         base = merged.get(block)
         if isinstance(settings, dict) and isinstance(base, dict) and _same_kind(base, settings):
             settings = {**base, **settings}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from agentopd.config.base import OFF, Section
-from agentopd.config.objective import ObjectiveConfig
+from agentopd.config.objective import ACCESS, Access, Blocks, ObjectiveConfig
 from agentopd.types import Limits
 
 Dtype = Literal["bfloat16", "float32"]
@@ -73,6 +74,13 @@ class TeacherConfig(Section):
     model: str
     dtype: Dtype = "bfloat16"
     batch_tokens: int = Field(16384, ge=256)
+    base: str | None = None
+    """This teacher's model before its own training: what ``reference.policy = "teacher_base"`` reads."""
+
+    @property
+    def access(self) -> Access:
+        """The most it can give."""
+        return "full"
 
 
 class RolloutConfig(Section):
@@ -208,13 +216,45 @@ class RunConfig(Section):
             if skill.teacher is not None and skill.teacher not in self.teachers:
                 known = ", ".join(sorted(self.teachers)) or "none"
                 raise ValueError(f"skill {skill.name!r} names teacher {skill.teacher!r}; [teachers] has: {known}")
-        if self.objective.needs_teacher and "default" not in self.teachers:
-            lacking = [skill.name for skill in new if skill.teacher is None]
-            if lacking:
+        for blocks in self.objective.every_stage():
+            self._teachers_suffice(blocks, new)
+            if blocks.needs_groups and self.rollout.group_size < 2:
+                raise ValueError("the group-relative advantage needs rollout.group_size >= 2 (it is 1)")
+            for is_used, what in _NOT_WIRED:
+                if is_used(blocks):
+                    raise ValueError(f"objective {self.objective.preset!r} needs {what}: not available in this version")
+        return self
+
+    def _teachers_suffice(self, blocks: Blocks, new: list[SkillConfig]) -> None:
+        """Every new skill has a teacher, and it gives what these blocks read."""
+        needed = blocks.teacher_access
+        if needed == "none":
+            return
+        for skill in new:
+            teacher = self.teachers.get(skill.teacher or "default")
+            if teacher is None:
                 raise ValueError(
-                    f"objective {self.objective.preset!r} needs a teacher for skill {lacking[0]!r}: "
+                    f"objective {self.objective.preset!r} needs a teacher for skill {skill.name!r}: "
                     "add [teachers.default] with a model, or name one in the skill"
                 )
-        if self.objective.verifier.kind == "grpo" and self.rollout.group_size < 2:
-            raise ValueError("the group-relative advantage needs rollout.group_size >= 2 (it is 1)")
-        return self
+            if ACCESS.index(teacher.access) < ACCESS.index(needed):
+                raise ValueError(
+                    f"objective {self.objective.preset!r} needs a teacher that gives {needed!r}; "
+                    f"the one of skill {skill.name!r} gives {teacher.access!r} only"
+                )
+            if blocks.needs_reference and blocks.reference.policy == "teacher_base" and teacher.base is None:
+                raise ValueError(
+                    f"reference.policy 'teacher_base' needs the model that the teacher of skill {skill.name!r} was "
+                    "trained from: set 'base' beside its 'model', or use reference.policy = 'start'"
+                )
+
+
+_NOT_WIRED: tuple[tuple[Callable[[Blocks], bool], str], ...] = (
+    (lambda blocks: blocks.needs_teacher_rollouts, "teacher rollouts"),
+    (lambda blocks: blocks.needs_stored_rollouts, "stored rollouts"),
+    (lambda blocks: blocks.needs_rubric, "a rubric judge"),
+    (lambda blocks: blocks.student_top_k > 0, "a teacher that scores the student's own candidates"),
+    (lambda blocks: blocks.alignment.kind != "same", "alignment across tokenizers"),
+    (lambda blocks: blocks.reference.policy == "teacher_base", "a second reference model"),
+)
+"""Inputs that no part of the loop provides yet."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agentopd.config.objective import CalibratedRouter, UniformRouter
+from agentopd.config.objective_blocks import CalibratedRouter, UniformRouter
 
 
 def agreement(sigma_N: Tensor, delta_N: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agentopd.config.objective import GoldNLL, GroupAdvantage, ObjectiveConfig, SampledPG, TopKReverseKL
+from agentopd.config.objective import Blocks as ObjectiveConfig
+from agentopd.config.objective_blocks import GroupAdvantage, SampledPG, TopKReverseKL
+from agentopd.config.objective_data import GoldNLL
 from agentopd.objective import metrics
 from agentopd.objective.anchors import gold_nll
 from agentopd.objective.calibration import agreement, router_weight
@@ -138,7 +140,7 @@ def _common_metrics(streams: Streams, objective: ObjectiveConfig) -> TokenMetric
         "student/nll": (-streams.logprobs_N, all_N),
         "student/drift": ((streams.logprobs_N.detach() - streams.old_N).abs(), all_N),
     }
-    if objective.source == "student":
+    if objective.source.kind == "student":
         # k3 of KL(rollout || learner) on rollout samples: at least 0, and 0 when engine and learner agree.
         gap_N = (streams.old_N - batch.rollout_logprobs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         found["student/mismatch_kl"] = (gap_N.exp() - 1 - gap_N, all_N)

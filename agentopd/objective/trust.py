@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agentopd.config.objective import Stabiliser
+from agentopd.config.objective_blocks import Stabiliser
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped here before the exponential, so that it cannot overflow."""
