@@ -34,6 +34,8 @@ def complaints(blocks: Blocks) -> Iterator[str]:
     yield from _inputs(blocks)
     yield from _routing(blocks)
     yield from _without_effect(blocks)
+    if blocks.divergence.kind == blocks.anchor.kind == blocks.verifier.kind == "none" and not blocks.reference.kl_coef:
+        yield "the objective is empty: turn on divergence, verifier, anchor or reference"
 
 
 def _inputs(blocks: Blocks) -> Iterator[str]:
@@ -57,8 +59,6 @@ def _inputs(blocks: Blocks) -> Iterator[str]:
         yield f"source {source!r} takes no anchor: leave it out"
     if source == "offline" and (divergence != "sampled_pg" or blocks.verifier.kind not in ("none", "absolute")):
         yield "source 'offline' stores one rollout a prompt with sampled log-probs: it needs divergence 'sampled_pg'"
-    if divergence == anchor.kind == blocks.verifier.kind == "none" and blocks.reference.kl_coef == 0:
-        yield "the objective is empty: turn on divergence, verifier, anchor or reference"
     if blocks.alignment.kind != "same":
         wanted = {"simct": "full_rkl", "byte_offset": "jsd"}[blocks.alignment.kind]
         if divergence != wanted:
@@ -101,6 +101,9 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
         if getattr(found, key) != type(found).model_fields[key].default:
             yield f"{section}.{key} acts on the {term}, and this objective has none: leave it out"
     stabiliser, masks, weights, reference = blocks.stabiliser, blocks.masks, blocks.weights, blocks.reference
+    if blocks.source.kind == "teacher" and isinstance(blocks.anchor, TeacherAnchor):
+        if blocks.anchor.prompt_share != 1 or not blocks.anchor.filter_correct:
+            yield "with source 'teacher', every prompt is the teacher's and source.filter_correct decides: drop the anchor's"
     if stabiliser.phi == "off" and _moved(stabiliser, "phi_scale", "phi_target"):
         yield "stabiliser.phi_scale and phi_target belong to phi, which is 'off': leave them out"
     if stabiliser.phi != "off" and stabiliser.phi_target != "anchor" and not isinstance(blocks.divergence, SampledPG):
