@@ -299,6 +299,15 @@ class Teacher(Protocol):
         ...
 
 
+@runtime_checkable
+class CandidateTeacher(Protocol):
+    """A teacher that can also score ids it did not choose."""
+
+    async def score_ids(self, episodes: Sequence[Episode], ids: Sequence[IntArray]) -> list[FloatArray]:
+        """Full-vocabulary log-probs (N, K) at ``ids`` (N, K) of each episode, in order; raises ``TeacherError``."""
+        ...
+
+
 @dataclass(frozen=True)
 class ScoredEpisode:
     """An episode with its verdict and the teacher's evidence (None where the teacher failed)."""

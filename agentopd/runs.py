@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from agentopd.build import Judge, Policy, Skill, Teachers, build_policy, build_sandbox, build_teachers, load_skills
+from agentopd.build import Judge, Policy, Skill, build_policy, build_sandbox, load_skills
 from agentopd.checkpoint import load_latest, save_checkpoint
 from agentopd.config import RunConfig, dump_toml, load_run_config
+from agentopd.config.objective import Blocks
+from agentopd.config.teachers import TeacherConfig
 from agentopd.evaluate import evaluate_model, heldout_tasks, summarise
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.learner import runtime
@@ -23,6 +25,7 @@ from agentopd.learner.deepspeed import DeepSpeedLearner
 from agentopd.mixture import Mixture, TaskStream
 from agentopd.models import model_hash
 from agentopd.objective.masks import ClassifyTokens
+from agentopd.teaching import Teachers, build_teachers
 from agentopd.tracking import Provenance, RunDirectory, Session, Tracker, open_tracker
 from agentopd.types import Task
 
@@ -100,13 +103,23 @@ class Run:
         _seed_everything(config)
         skills = load_skills(config.suite)
         policy = build_policy(config.model.student, config.model.dtype, config.rollout)
-        teachers = build_teachers(config, policy)
         judge = Judge(skills.values(), build_sandbox(config.sandbox))
+        teachers = build_teachers(config, policy, skills, judge, root)
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
         streams = {name: TaskStream(skill.env, skill.config, config.seed) for name, skill in skills.items()}
         mixture = Mixture(streams, config.suite.skills, config.replay)
         learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps)
         return cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, policy.classify())
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps that are done."""
+        return self.step / self.config.train.steps
+
+    @property
+    def blocks(self) -> Blocks:
+        """The objective's blocks that are in force."""
+        return self.config.objective.at(self.progress)
 
     @property
     def old_skills(self) -> frozenset[str]:
@@ -121,7 +134,8 @@ class Run:
         await self.judge.start((name, tasks[0]) for name, tasks in self.heldout.items())
         if runtime.rank() == 0 and self.directory is None:
             config = self.config
-            names = {"student": config.model.student, **{key: item.model for key, item in config.teachers.items()}}
+            local = {key: item.model for key, item in config.teachers.items() if isinstance(item, TeacherConfig)}
+            names = {"student": config.model.student, **local}
             provenance = Provenance(
                 seed=config.seed,
                 models={role: model_hash(name) for role, name in names.items()},
@@ -145,16 +159,14 @@ class Run:
     async def evaluate_teacher(self) -> EvalResult | None:
         """Measure the teachers on the new skills they teach: what there is to learn. None without local teachers."""
         judged = []
-        for key, model in self.teachers.models.items():
+        for key, actor in self.teachers.actors.items():
             taught = [
                 n
                 for n, skill in self.skills.items()
                 if skill.config.role == "new" and self.teachers.routes.get(n) == key
             ]
-            actor = self.policy.acting_as(model)
             tasks = {name: self.heldout[name] for name in taught}
-            judged += await evaluate_model(actor, self.skills, tasks, self.judge, self.config.eval)
-            await actor.engine.aclose()
+            judged += await evaluate_model(actor, self.skills, tasks, self.judge, self.config.eval) if tasks else []
         if not judged:
             return None
         result = summarise(judged, "teacher", self.config.eval.k, seed=self.config.eval.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -163,12 +163,23 @@ def _same_kind(base: dict[str, Any], given: dict[str, Any]) -> bool:
     return "kind" not in given or given["kind"] == base.get("kind")
 
 
+def _place(raw: Any, loc: Sequence[str | int]) -> Iterator[str]:
+    """Where an error is, in the file's own words: pydantic also names the kind it chose, which is no key."""
+    node = raw
+    for index, part in enumerate(loc):
+        known = isinstance(node, dict) and part in node
+        if isinstance(node, dict) and not known and index + 1 < len(loc):
+            continue
+        yield str(part)
+        node = node[part] if known or (isinstance(node, list | tuple) and isinstance(part, int)) else None
+
+
 def _validate(model: type[T], raw: dict[str, Any], where: str) -> T:
     try:
         return model.model_validate(raw)
     except ValidationError as exc:
         first = exc.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != first.get("ctx", {}).get("tag"))
+        place = ".".join(_place(raw, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         given = first.get("input")
         shown = "" if isinstance(given, dict | Section) or first["type"] == "value_error" else f" (got {given!r})"

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from agentopd.config.base import Section
 from agentopd.config.objective_blocks import (
     AsymmetricRouter,
     CalibratedRouter,
     CertificateGate,
     Masks,
     OutcomeRouter,
-    Reference,
     SampledPG,
     SignGate,
-    Stabiliser,
     Weights,
 )
 from agentopd.config.objective_data import GoldNLL, TeacherAnchor
@@ -101,9 +100,9 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
         if getattr(found, key) != type(found).model_fields[key].default:
             yield f"{section}.{key} acts on the {term}, and this objective has none: leave it out"
     stabiliser, masks, weights, reference = blocks.stabiliser, blocks.masks, blocks.weights, blocks.reference
-    if blocks.source.kind == "teacher" and isinstance(blocks.anchor, TeacherAnchor):
-        if blocks.anchor.prompt_share != 1 or not blocks.anchor.filter_correct:
-            yield "with source 'teacher', every prompt is the teacher's and source.filter_correct decides: drop the anchor's"
+    beside = isinstance(blocks.anchor, TeacherAnchor) and _moved(blocks.anchor, "prompt_share", "filter_correct")
+    if blocks.source.kind == "teacher" and beside:
+        yield "anchor.prompt_share and filter_correct choose rollouts beside the student's; here source decides"
     if stabiliser.phi == "off" and _moved(stabiliser, "phi_scale", "phi_target"):
         yield "stabiliser.phi_scale and phi_target belong to phi, which is 'off': leave them out"
     if stabiliser.phi != "off" and stabiliser.phi_target != "anchor" and not isinstance(blocks.divergence, SampledPG):
@@ -126,5 +125,5 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
         yield "verifier.coef is 0, and no router reads the advantage: set verifier 'none', or a coefficient"
 
 
-def _moved(section: Stabiliser | Masks | Weights | Reference, *keys: str) -> bool:
+def _moved(section: Section, *keys: str) -> bool:
     return any(getattr(section, key) != type(section).model_fields[key].default for key in keys)

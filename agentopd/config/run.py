@@ -8,10 +8,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from agentopd.config.base import OFF, Section
-from agentopd.config.objective import ACCESS, Access, Blocks, ObjectiveConfig
+from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
+from agentopd.config.teachers import AnyTeacherConfig, ChatTeacherConfig, Dtype, JudgeConfig
 from agentopd.types import Limits
-
-Dtype = Literal["bfloat16", "float32"]
 
 
 class SkillConfig(Section):
@@ -65,22 +64,6 @@ class ModelConfig(Section):
     student: str = "micro/student"
     """A directory, a Hugging Face id, or a checkpoint shipped with AgentOPD (``micro/student``)."""
     dtype: Dtype = "bfloat16"
-
-
-class TeacherConfig(Section):
-    """One teacher."""
-
-    kind: Literal["hf"] = "hf"
-    model: str
-    dtype: Dtype = "bfloat16"
-    batch_tokens: int = Field(16384, ge=256)
-    base: str | None = None
-    """This teacher's model before its own training: what ``reference.policy = "teacher_base"`` reads."""
-
-    @property
-    def access(self) -> Access:
-        """The most it can give."""
-        return "full"
 
 
 class RolloutConfig(Section):
@@ -169,6 +152,13 @@ class TrackingConfig(Section):
     """Episodes kept for the report at each step (the first of each skill first)."""
 
 
+class DemonstrationsConfig(Section):
+    """Rollouts of teachers: sampled once, judged, and kept."""
+
+    cache: str | None = None
+    """A folder to keep them in, shared between runs; None is the run's own."""
+
+
 class RunConfig(Section):
     """Everything one ``agentopd train`` needs."""
 
@@ -178,8 +168,10 @@ class RunConfig(Section):
     """CPU threads of torch; None leaves torch's own choice."""
     model: ModelConfig = ModelConfig()
     suite: SuiteConfig
-    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    teachers: dict[str, AnyTeacherConfig] = Field(default_factory=dict)
+    judge: JudgeConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
+    demonstrations: DemonstrationsConfig = DemonstrationsConfig()
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -223,7 +215,36 @@ class RunConfig(Section):
             for is_used, what in _NOT_WIRED:
                 if is_used(blocks):
                     raise ValueError(f"objective {self.objective.preset!r} needs {what}: not available in this version")
+            if blocks.needs_stored_rollouts:
+                self._rollouts_can_be_stored(blocks)
+        if any(blocks.needs_rubric for blocks in self.objective.every_stage()) != (self.judge is not None):
+            lacking = (
+                "verifier 'rubric' needs a model that writes rubrics and judges: add [judge] with base_url and model"
+            )
+            idle = "[judge] grades by rubrics, and this objective has none: leave it out"
+            raise ValueError(lacking if self.judge is None else idle)
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher, ChatTeacherConfig):
+                continue
+            if teacher.context != "student" and not any(
+                blocks.needs_teacher for blocks in self.objective.every_stage()
+            ):
+                raise ValueError(f"teachers.{name}.context changes what is scored, and this objective scores nothing")
         return self
+
+    def _rollouts_can_be_stored(self, blocks: Blocks) -> None:
+        """Stored rollouts are made once: the tasks must be finite, and nothing may depend on the current student."""
+        trained = [skill for skill in self.suite.skills if skill.role == "new" or self.replay.share > 0]
+        for skill in trained:
+            if skill.num_train_tasks is None:
+                raise ValueError(
+                    f"source 'offline' stores the rollouts of every training task: set num_train_tasks of skill "
+                    f"{skill.name!r}"
+                )
+        if blocks.student_top_k:
+            raise ValueError("source 'offline' has no teacher to score the current student's candidates: masks.suffix")
+        if len(list(self.objective.every_stage())) > 1:
+            raise ValueError("source 'offline' is a run of its own: it cannot be a stage")
 
     def _teachers_suffice(self, blocks: Blocks, new: list[SkillConfig]) -> None:
         """Every new skill has a teacher, and it gives what these blocks read."""
@@ -242,7 +263,8 @@ class RunConfig(Section):
                     f"objective {self.objective.preset!r} needs a teacher that gives {needed!r}; "
                     f"the one of skill {skill.name!r} gives {teacher.access!r} only"
                 )
-            if blocks.needs_reference and blocks.reference.policy == "teacher_base" and teacher.base is None:
+            reads_base = blocks.needs_reference and blocks.reference.policy == "teacher_base"
+            if reads_base and getattr(teacher, "base", None) is None:
                 raise ValueError(
                     f"reference.policy 'teacher_base' needs the model that the teacher of skill {skill.name!r} was "
                     "trained from: set 'base' beside its 'model', or use reference.policy = 'start'"
@@ -250,11 +272,6 @@ class RunConfig(Section):
 
 
 _NOT_WIRED: tuple[tuple[Callable[[Blocks], bool], str], ...] = (
-    (lambda blocks: blocks.needs_teacher_rollouts, "teacher rollouts"),
-    (lambda blocks: blocks.needs_stored_rollouts, "stored rollouts"),
-    (lambda blocks: blocks.needs_rubric, "a rubric judge"),
-    (lambda blocks: blocks.student_top_k > 0, "a teacher that scores the student's own candidates"),
-    (lambda blocks: blocks.alignment.kind != "same", "alignment across tokenizers"),
-    (lambda blocks: blocks.reference.policy == "teacher_base", "a second reference model"),
+    (lambda blocks: blocks.alignment.kind == "byte_offset", "probabilities sorted over two vocabularies"),
 )
 """Inputs that no part of the loop provides yet."""
