@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from agentopd.config.run import RolloutConfig, RunConfig, SandboxConfig, SkillConfig, SuiteConfig
-from agentopd.contracts import Environment, Sandbox, SandboxLimits, Teacher, Verifier
+from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
+from agentopd.contracts import Environment, Sandbox, SandboxLimits, Verifier
 from agentopd.engines import HFEngine
 from agentopd.errors import ConfigError
-from agentopd.models import check_same_vocabulary, load_model, load_tokenizer
+from agentopd.models import load_model, load_tokenizer
 from agentopd.objective.masks import ClassifyTokens, TokenClasses
 from agentopd.registry import datasets, environments, sandboxes, tool_codecs, verifiers
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
 from agentopd.scoring import judge
-from agentopd.teachers.local import LocalTeacher
 from agentopd.types import Episode, Split, Task, Verdict
 
-RETENTION_TEACHER = "start"
-"""The frozen starting student: the teacher of old skills that name no other."""
 _ENDLESS = 1024
 """A source with at least this many tasks is taken to be procedural when no limit is given."""
 _DEFAULT_LIMIT = 200
@@ -51,6 +48,12 @@ class Skill:
             raise ConfigError(f"skill {self.name!r}: source {self.config.source!r} has no {split} tasks")
         limits = self.config.limits
         return [task.model_copy(update={"limits": limits}) for task in tasks] if limits else tasks
+
+    def train_tasks(self, seed: int) -> list[Task]:
+        """The ``num_train_tasks`` tasks this skill trains on, in their source's order."""
+        config = self.config
+        tasks = list(self.env.load_tasks("train", config.source, config.num_train_tasks, seed))
+        return [task.model_copy(update={"limits": config.limits}) for task in tasks] if config.limits else tasks
 
 
 def load_skills(suite: SuiteConfig) -> dict[str, Skill]:
@@ -149,52 +152,3 @@ def build_policy(model_name: str, dtype: str, config: RolloutConfig) -> Policy:
         )
     engine = HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)
     return Policy(model, tokenizer, codec, renderer, engine)
-
-
-@dataclass
-class Teachers:
-    """Who scores which skill, and the reference policy if the objective has one."""
-
-    by_key: dict[str, Teacher] = field(default_factory=dict)
-    routes: dict[str, str] = field(default_factory=dict)
-    reference: Teacher | None = None
-    start: Teacher | None = None
-    """The frozen starting student, where evaluations measure the KL to it."""
-    models: dict[str, Any] = field(default_factory=dict)
-    """The models behind teachers that can also act in this process, by key."""
-
-    async def aclose(self) -> None:
-        """Release every teacher."""
-        for teacher in [*self.by_key.values(), *([self.reference] if self.reference else [])]:
-            await teacher.aclose()
-
-
-def build_teachers(config: RunConfig, policy: Policy) -> Teachers:
-    """Load the teachers that the run's skills are routed to; the vocabulary of each is compared with the student's.
-
-    Old skills without a teacher of their own are taught by the frozen starting student.
-    """
-    teachers = Teachers()
-    objective = config.objective
-    if objective.needs_teacher:
-        for skill in config.suite.skills:
-            if skill.role == "old" and config.replay.share == 0:
-                continue
-            fallback = "default" if skill.role == "new" else RETENTION_TEACHER
-            teachers.routes[skill.name] = config.teacher_of(skill) or fallback
-    start = (config.model.student, config.model.dtype)
-    for key in sorted(set(teachers.routes.values())):
-        if key == RETENTION_TEACHER and key not in config.teachers:
-            teachers.by_key[key] = LocalTeacher(key, load_model(*start))
-            continue
-        chosen = config.teachers[key]
-        check_same_vocabulary(policy.tokenizer, load_tokenizer(chosen.model), key)
-        teachers.models[key] = load_model(chosen.model, chosen.dtype)
-        teachers.by_key[key] = LocalTeacher(key, teachers.models[key], chosen.batch_tokens, len(policy.tokenizer))
-    if objective.needs_reference:
-        shared = teachers.by_key.get(RETENTION_TEACHER)
-        teachers.reference = shared or LocalTeacher("reference", load_model(*start))
-    if config.eval.measures_kl:
-        shared = teachers.by_key.get(RETENTION_TEACHER) if RETENTION_TEACHER not in config.teachers else None
-        teachers.start = shared or teachers.reference or LocalTeacher(RETENTION_TEACHER, load_model(*start))
-    return teachers

@@ -91,7 +91,7 @@ def retention(
     as_json: Json = False,
     plain: Plain = False,
 ) -> None:
-    """The stage x skill matrix of a run or of models; exit code 1 where a tolerance that the suite declares is broken."""
+    """The stage x skill matrix of a run or of models; exit code 1 where a declared tolerance is broken."""
     from agentopd import commands
 
     names = run or []

@@ -264,6 +264,10 @@ class Evidence:
 
     Shapes: ``teacher_logprobs`` (N,), ``topk_ids`` and ``topk_logprobs`` (N, K); all full-vocabulary log-probs at
     temperature 1. ``ref_logprobs`` (N,) are the reference policy's on the same ids.
+
+    ``segments`` (N,) is there when the teacher has another tokenizer: the student's tokens of one segment share a
+    number, -1 is outside all. A token's ``teacher_logprobs`` is then its whole segment's, and only a segment's first
+    token has a top-K.
     """
 
     teacher: str
@@ -271,6 +275,13 @@ class Evidence:
     topk_ids: IntArray | None = None
     topk_logprobs: FloatArray | None = None
     ref_logprobs: FloatArray | None = None
+    candidate_ids: IntArray | None = None
+    """The student's own most likely ids (N, K), where an objective asks what the teacher thinks of them."""
+    candidate_logprobs: FloatArray | None = None
+    """The teacher's log-probs of ``candidate_ids`` (N, K)."""
+    hidden: FloatArray | None = None
+    """A local teacher's last hidden states (N, H), where an objective compares whole distributions."""
+    segments: IntArray | None = None
 
 
 @runtime_checkable
@@ -290,6 +301,15 @@ class Teacher(Protocol):
         ...
 
 
+@runtime_checkable
+class CandidateTeacher(Protocol):
+    """A teacher that can also score ids it did not choose."""
+
+    async def score_ids(self, episodes: Sequence[Episode], ids: Sequence[IntArray]) -> list[FloatArray]:
+        """Full-vocabulary log-probs (N, K) at ``ids`` (N, K) of each episode, in order; raises ``TeacherError``."""
+        ...
+
+
 @dataclass(frozen=True)
 class ScoredEpisode:
     """An episode with its verdict and the teacher's evidence (None where the teacher failed)."""
@@ -299,3 +319,5 @@ class ScoredEpisode:
     evidence: Evidence | None = None
     replay: bool = False
     """Whether it was drawn from an older skill for replay."""
+    anchor: bool = False
+    """Whether it is a teacher's or a gold trajectory beside the student's own: it takes part in the anchor alone."""

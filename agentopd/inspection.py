@@ -10,7 +10,7 @@ import torch
 
 from agentopd.batching import verdict_signs
 from agentopd.contracts import ScoredEpisode
-from agentopd.objective.calibration import agreement, router_weight
+from agentopd.objective.routers import shown_weight
 from agentopd.runs import Run
 from agentopd.tracking import KeptEpisode
 from agentopd.types import Task
@@ -41,7 +41,7 @@ def inspected(run: Run, item: ScoredEpisode, tasks: Mapping[str, Task]) -> KeptE
     The weight shown is the router's, before caps and budgets; the metrics count those.
     """
     episode, evidence = item.episode, item.evidence
-    masks = run.config.objective.masks
+    masks = run.blocks.masks
     special = [flag for turn in episode.turns for flag in run.classify(turn.token_ids).special]
     reasons = tuple("special" if flag and masks.special_tokens else "" for flag in special)
     teacher: tuple[float, ...] = ()
@@ -50,8 +50,8 @@ def inspected(run: Run, item: ScoredEpisode, tasks: Mapping[str, Task]) -> KeptE
         teacher = tuple(evidence.teacher_logprobs.tolist())
         rollout = np.array([value for turn in episode.turns for value in turn.rollout_logprobs])
         delta = torch.tensor(evidence.teacher_logprobs - rollout)
-        sigma = torch.from_numpy(verdict_signs(item, run.config.objective)).to(delta)
-        weight = router_weight(run.config.objective.router, agreement(sigma, delta))
+        sigma = torch.from_numpy(verdict_signs(item, run.blocks)).to(delta)
+        weight = shown_weight(run.blocks.router, sigma, delta)
         weights = tuple(0.0 if reason else float(value) for value, reason in zip(weight, reasons, strict=True))
     decode = run.policy.tokenizer.decode
     return KeptEpisode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from importlib.resources import files
@@ -116,6 +117,12 @@ def model_hash(name: str) -> str:
     for file in sorted(path.glob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Digest of what a tokenizer's ids mean and of its chat template."""
+    body = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
 def _first_line(exc: Exception) -> str:

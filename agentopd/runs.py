@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from agentopd.build import Judge, Policy, Skill, Teachers, build_policy, build_sandbox, build_teachers, load_skills
+from agentopd.build import Judge, Policy, Skill, build_policy, build_sandbox, load_skills
 from agentopd.checkpoint import latest_kept_step, load_latest, load_step, save_checkpoint
 from agentopd.config import RunConfig, dump_toml, load_run_config
+from agentopd.config.objective import Blocks
+from agentopd.config.teachers import TeacherConfig
 from agentopd.evaluate import evaluate_model, heldout_tasks, start_kl, summarise
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.learner import runtime
@@ -25,6 +27,7 @@ from agentopd.mixture.coreset import Embed
 from agentopd.models import model_hash, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
 from agentopd.stats import cpu_seconds
+from agentopd.teaching import Teachers, build_teachers
 from agentopd.tracking import Provenance, RunDirectory, Session, Tracker, open_tracker
 from agentopd.types import Task
 
@@ -110,8 +113,8 @@ class Run:
         _seed_everything(config)
         skills = load_skills(config.suite)
         policy = build_policy(config.model.student, config.model.dtype, config.rollout)
-        teachers = build_teachers(config, policy)
         judge = Judge(skills.values(), build_sandbox(config.sandbox))
+        teachers = build_teachers(config, policy, skills, judge, root)
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
         streams = {name: TaskStream(skill.env, skill.config, config.seed) for name, skill in skills.items()}
         mixture = Mixture(streams, config.suite.skills, config.replay)
@@ -121,6 +124,16 @@ class Run:
         run = cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, policy.classify())
         run.embed = embed
         return run
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps that are done."""
+        return self.step / self.config.train.steps
+
+    @property
+    def blocks(self) -> Blocks:
+        """The objective's blocks that are in force."""
+        return self.config.objective.at(self.progress)
 
     @property
     def old_skills(self) -> frozenset[str]:
@@ -170,7 +183,8 @@ class Run:
         await self.judge.start((name, tasks[0]) for name, tasks in self.heldout.items())
         if runtime.rank() == 0 and self.directory is None:
             config = self.config
-            names = {"student": config.model.student, **{key: item.model for key, item in config.teachers.items()}}
+            local = {key: item.model for key, item in config.teachers.items() if isinstance(item, TeacherConfig)}
+            names = {"student": config.model.student, **local}
             provenance = Provenance(
                 seed=config.seed,
                 models={role: model_hash(name) for role, name in names.items()},
@@ -199,16 +213,14 @@ class Run:
     async def evaluate_teacher(self) -> EvalResult | None:
         """Measure the teachers on the new skills they teach: what there is to learn. None without local teachers."""
         judged = []
-        for key, model in self.teachers.models.items():
+        for key, actor in self.teachers.actors.items():
             taught = [
                 n
                 for n, skill in self.skills.items()
                 if skill.config.role == "new" and self.teachers.routes.get(n) == key
             ]
-            actor = self.policy.acting_as(model)
             tasks = {name: self.heldout[name] for name in taught}
-            judged += await evaluate_model(actor, self.skills, tasks, self.judge, self.config.eval)
-            await actor.engine.aclose()
+            judged += await evaluate_model(actor, self.skills, tasks, self.judge, self.config.eval) if tasks else []
         if not judged:
             return None
         result = summarise(judged, "teacher", self.config.eval.k, seed=self.config.eval.seed)
@@ -281,6 +293,8 @@ def _settled(config: RunConfig) -> RunConfig:
     """The config with ``auto`` dtypes decided, so that a run resumed on another machine computes as it began."""
     teachers = {
         key: teacher.model_copy(update={"dtype": settle_dtype(teacher.dtype)})
+        if isinstance(teacher, TeacherConfig)
+        else teacher
         for key, teacher in config.teachers.items()
     }
     model = config.model.model_copy(update={"dtype": settle_dtype(config.model.dtype)})

@@ -10,9 +10,11 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
-from agentopd.contracts import Evidence, Sandbox, ScoredEpisode, Teacher, Verifier
+from agentopd.contracts import CandidateTeacher, Evidence, IntArray, Sandbox, ScoredEpisode, Teacher, Verifier
 from agentopd.errors import InfraError, SandboxError, TaskError, TeacherError, boundary
+from agentopd.teachers.views import View
 from agentopd.types import Episode, StopReason, Task, Verdict, VerdictStatus
 
 _ATTEMPTS = 2
@@ -46,39 +48,99 @@ def _check_certificates(verdict: Verdict, episode: Episode, who: str) -> None:
             raise InfraError(f"{who}: its {certificate.kind!r} certificate {problem}")
 
 
-async def gather_evidence(
-    episodes: Sequence[Episode], routes: Mapping[str, str], teachers: Mapping[str, Teacher], top_k: int
-) -> list[Evidence | None]:
-    """Evidence for each episode from the teacher its skill is routed to (``routes``: skill to teacher key).
+class Teaching(Protocol):
+    """Who scores which skill, and how each looks at an episode."""
 
-    Skills without a route, episodes without a sampled token, and those an environment fault ended, get None.
+    routes: dict[str, str]
+    """Skill to teacher key."""
+    by_key: dict[str, Teacher]
+    views: dict[str, View]
+
+
+async def gather_evidence(
+    episodes: Sequence[Episode], teaching: Teaching, top_k: int, tasks: Mapping[str, Task]
+) -> list[Evidence | None]:
+    """Evidence for each episode from the teacher its skill is routed to.
+
+    Skills without a route, episodes without a sampled token, and those an environment fault ended, get None. A teacher
+    with a view scores what the view shows; it needs the episode's task in ``tasks`` (task hash to task). Raises
+    ``TeacherError`` for a route to a teacher that is not there.
     """
-    by_teacher: dict[str, list[int]] = defaultdict(list)
-    for index, episode in enumerate(episodes):
-        if _scorable(episode) and episode.skill in routes:
-            by_teacher[routes[episode.skill]].append(index)
     results: list[Evidence | None] = [None] * len(episodes)
 
     async def ask(key: str, indices: list[int]) -> None:
+        mine, view = [episodes[i] for i in indices], teaching.views.get(key)
+        shown = [view.show(tasks[episode.task_hash], episode) for episode in mine] if view else mine
         with boundary(TeacherError, f"teacher {key!r}"):
-            answers = await teachers[key].score([episodes[i] for i in indices], top_k)
+            answers = await teaching.by_key[key].score(shown, top_k)
+        if view:
+            answers = [view.read(*item) for item in zip(mine, shown, answers, strict=True)]
         for index, answer in zip(indices, answers, strict=True):
             results[index] = answer
 
+    by_teacher = _routed(episodes, teaching.routes, teaching.by_key)
     await asyncio.gather(*(ask(key, indices) for key, indices in sorted(by_teacher.items())))
     return results
 
 
-async def add_reference(
-    episodes: Sequence[Episode], evidence: Sequence[Evidence | None], reference: Teacher
+async def add_candidates(
+    episodes: Sequence[Episode],
+    evidence: Sequence[Evidence | None],
+    candidates: Sequence[IntArray],
+    teaching: Teaching,
+    tasks: Mapping[str, Task],
 ) -> list[Evidence | None]:
-    """Put the frozen reference's log-probs of the sampled ids beside the teacher's evidence, or alone without one."""
-    indices = [index for index, episode in enumerate(episodes) if _scorable(episode)]
-    answers = await reference.score([episodes[i] for i in indices], 0)
+    """Put the teacher's log-probs of the student's own ``candidates`` (n, K) beside its evidence.
+
+    Raises ``TeacherError`` for a teacher that cannot score ids it did not choose.
+    """
     results = list(evidence)
-    for index, answer in zip(indices, answers, strict=True):
-        results[index] = replace(evidence[index] or answer, ref_logprobs=answer.teacher_logprobs)
+    for key, indices in sorted(_routed(episodes, teaching.routes, teaching.by_key).items()):
+        teacher, view = teaching.by_key[key], teaching.views.get(key)
+        if not isinstance(teacher, CandidateTeacher):
+            raise TeacherError(f"teacher {key!r} cannot score ids that the student chose; use a local one")
+        shown = [view.show(tasks[episodes[i].task_hash], episodes[i]) if view else episodes[i] for i in indices]
+        ids = [candidates[i] for i in indices]
+        for index, chosen, found in zip(indices, ids, await teacher.score_ids(shown, ids), strict=True):
+            known = evidence[index]
+            if known is not None:
+                results[index] = replace(known, candidate_ids=chosen, candidate_logprobs=found)
     return results
+
+
+async def add_reference(
+    episodes: Sequence[Episode],
+    evidence: Sequence[Evidence | None],
+    routes: Mapping[str, str],
+    references: Mapping[str, Teacher],
+) -> list[Evidence | None]:
+    """Put the frozen reference's log-probs of the sampled ids beside the teacher's evidence, or alone without one.
+
+    ``routes`` leads from a skill to the key of its reference.
+    """
+    results = list(evidence)
+    for key, indices in sorted(_routed(episodes, routes, references).items()):
+        answers = await references[key].score([episodes[i] for i in indices], 0)
+        for index, answer in zip(indices, answers, strict=True):
+            results[index] = replace(evidence[index] or answer, ref_logprobs=answer.teacher_logprobs)
+    return results
+
+
+def _routed(
+    episodes: Sequence[Episode], routes: Mapping[str, str], teachers: Mapping[str, Teacher]
+) -> dict[str, list[int]]:
+    """Indices of the episodes that can be scored, by the key their skill is routed to."""
+    by_teacher: dict[str, list[int]] = defaultdict(list)
+    for index, episode in enumerate(episodes):
+        if _scorable(episode) and episode.skill in routes:
+            by_teacher[routes[episode.skill]].append(index)
+    unknown = sorted(by_teacher.keys() - teachers.keys())
+    if unknown:
+        known = ", ".join(sorted(teachers)) or "none"
+        raise TeacherError(
+            f"a skill is routed to teacher {unknown[0]!r}, and there is no such teacher (known: {known})"
+        )
+    return by_teacher
 
 
 def _scorable(episode: Episode) -> bool:
@@ -86,10 +148,14 @@ def _scorable(episode: Episode) -> bool:
 
 
 def assemble(
-    episodes: Sequence[Episode], verdicts: Sequence[Verdict], evidence: Sequence[Evidence | None], old: frozenset[str]
+    episodes: Sequence[Episode],
+    verdicts: Sequence[Verdict],
+    evidence: Sequence[Evidence | None],
+    old: frozenset[str],
+    anchor: bool = False,
 ) -> list[ScoredEpisode]:
-    """Zip the three into scored episodes; ``old`` names the replayed skills."""
+    """Zip the three into scored episodes; ``old`` names the replayed skills, ``anchor`` marks what is beside them."""
     return [
-        ScoredEpisode(episode, verdict, item, replay=episode.skill in old)
+        ScoredEpisode(episode, verdict, item, replay=episode.skill in old, anchor=anchor)
         for episode, verdict, item in zip(episodes, verdicts, evidence, strict=True)
     ]

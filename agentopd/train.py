@@ -5,26 +5,26 @@ weights -> mixture draws prompts -> rollout || verify -> teacher scores -> batch
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 
 from agentopd.batching import build_batch
+from agentopd.collect import collect, collect_beside, store_rollouts
 from agentopd.console import progress
-from agentopd.contracts import ScoredEpisode
-from agentopd.evaluate import Judged, stable_seed
+from agentopd.contracts import Evidence, ScoredEpisode
+from agentopd.evaluate import Judged
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.inspection import keep_episodes
 from agentopd.learner import runtime
-from agentopd.mixture import Drawn
 from agentopd.reaction import react
-from agentopd.rollout import EpisodeSpec, RolloutOptions, run_scripted, stream_episodes
+from agentopd.rubrics import reward
 from agentopd.runs import Clock, Run
-from agentopd.scoring import add_reference, assemble, gather_evidence
+from agentopd.scoring import add_candidates, add_reference, assemble, gather_evidence
 from agentopd.stats import cost_metrics, step_metrics
-from agentopd.types import Episode
+from agentopd.teachers.local import top_ids
+from agentopd.types import Task
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ async def train(run: Run, console: Console) -> Outcome:
             await run.evaluate("base")
             await run.evaluate_teacher()
             react(run)
+        await store_rollouts(run)
         with progress(console, "training", schedule.steps) as advance:
             advance(run.step)
             while run.step < schedule.steps:
@@ -66,15 +67,15 @@ async def train_step(run: Run) -> str:
     clock = Clock()
     run.enter_stage()
     drawn = run.mixture.draw(run.config.train.prompts_per_step)
-    shares = run.mixture.shares()
+    shares, tasks = run.mixture.shares(), {item.task.hash: item.task for item in drawn}
     with clock.phase("rollout"):
-        judged = await collect(run, drawn[runtime.rank() :: runtime.world_size()])
+        mine = drawn[runtime.rank() :: runtime.world_size()]
+        judged, beside = await collect(run, mine), await collect_beside(run, mine)
     with clock.phase("teacher"):
-        scored = await score(run, judged)
+        rewarded = await reward(run, judged, tasks)
+        scored = [*await score(run, rewarded, tasks), *await score(run, beside, tasks, anchor=True)]
     with clock.phase("learner"):
-        batch = build_batch(
-            scored, run.config.objective, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce
-        )
+        batch = build_batch(scored, run.blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
         learned = run.learner.step(batch)
     replayed = {f"replay/share/{name}": shares[name] for name in sorted(run.old_skills)}
     run.step += 1
@@ -86,53 +87,21 @@ async def train_step(run: Run) -> str:
     return "  ".join(rates)
 
 
-async def collect(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
-    """Episodes of every prompt, judged as they finish while others still sample."""
-    config = run.config
-    copies = config.rollout.group_size if config.objective.source == "student" else 1
-    specs = [spec for item in drawn for spec in _group(run, item, copies)]
-    tasks = {item.task.id: item.task for item in drawn}
-    options = RolloutOptions(
-        config.rollout.temperature, config.rollout.top_p, config.rollout.max_malformed, run.judge.sandbox
-    )
-
-    async def finished(spec: EpisodeSpec, episode: Episode) -> Judged:
-        return episode, await run.judge(tasks[spec.task.id], episode)
-
-    if config.objective.source == "student":
-        return await stream_episodes(specs, run.policy.engine, run.policy.renderer, finished, options)
-
-    async def gold(spec: EpisodeSpec) -> Judged:
-        turns = spec.env_cls.gold_turns(spec.task)  # type: ignore[attr-defined]
-        played = await run_scripted(spec, turns, run.policy.codec, run.policy.renderer, options)
-        return await finished(spec, played)
-
-    return list(await asyncio.gather(*(gold(spec) for spec in specs)))
-
-
-async def score(run: Run, judged: Sequence[Judged]) -> list[ScoredEpisode]:
-    """The teacher's (and the reference's) evidence on the student's own tokens."""
+async def score(
+    run: Run, judged: Sequence[Judged], tasks: Mapping[str, Task], anchor: bool = False
+) -> list[ScoredEpisode]:
+    """The teacher's (and the reference's) evidence on the episodes' own tokens; an anchor reads a top-K or nothing."""
     episodes, verdicts = [episode for episode, _ in judged], [verdict for _, verdict in judged]
-    objective, teachers = run.config.objective, run.teachers
-    evidence = await gather_evidence(episodes, teachers.routes, teachers.by_key, objective.top_k)
-    if teachers.reference is not None:
-        evidence = await add_reference(episodes, evidence, teachers.reference)
-    return assemble(episodes, verdicts, evidence, run.old_skills)
-
-
-def _group(run: Run, item: Drawn, copies: int) -> list[EpisodeSpec]:
-    group = f"{run.step}/{item.skill}/{item.task.id}"
-    return [
-        EpisodeSpec(
-            task=item.task,
-            env_cls=run.skills[item.skill].env,
-            id=f"{group}#{copy}",
-            group_id=group,
-            skill=item.skill,
-            seed=stable_seed("train", run.config.seed, group, copy),
-        )
-        for copy in range(copies)
-    ]
+    blocks, teachers = run.blocks, run.teachers
+    evidence: list[Evidence | None] = [None] * len(episodes)
+    if blocks.top_k if anchor else blocks.needs_teacher or blocks.top_k:
+        evidence = await gather_evidence(episodes, teachers, blocks.top_k, tasks)
+    if blocks.student_top_k and not anchor:
+        candidates = top_ids(run.policy.model, episodes, blocks.student_top_k)
+        evidence = await add_candidates(episodes, evidence, candidates, teachers, tasks)
+    if blocks.needs_reference and not anchor:
+        evidence = await add_reference(episodes, evidence, teachers.reference_routes, teachers.references)
+    return assemble(episodes, verdicts, evidence, run.old_skills, anchor)
 
 
 async def _evaluated(run: Run) -> bool:

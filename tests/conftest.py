@@ -1,7 +1,13 @@
-"""Shared fixtures: where the benchmark slices are."""
+"""Shared fixtures: where the benchmark slices are, and chat endpoints over real HTTP."""
 
+import contextlib
+import json
 import os
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -21,3 +27,80 @@ def data_dir() -> Path:
     if not (path / "gsm8k_dev.jsonl").is_file():
         pytest.fail(f"AGENTOPD_DATA={where!r} has no gsm8k_dev.jsonl")
     return path
+
+
+class ChatServer:
+    """An OpenAI-compatible chat endpoint in a thread. ``reply(question, messages)`` returns (status, body or text).
+
+    A string is sent as the assistant's message; a dictionary is the whole body. Every request is kept.
+    """
+
+    def __init__(self, reply: Callable[[str, list[dict[str, str]]], tuple[int, Any]]) -> None:
+        self.requests: list[dict[str, Any]] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                server.requests.append(body)
+                status, answer = reply(body["messages"][-1]["content"], body["messages"])
+                if isinstance(answer, str):
+                    message = {"role": "assistant", "content": answer}
+                    answer = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+                data = json.dumps(answer).encode()
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self.send_response(status)
+                    self.send_header("content-type", "application/json")
+                    self.send_header("retry-after-ms", "1")
+                    self.send_header("content-length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.base_url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., ChatServer]]:
+    """Start chat servers; all are stopped after the test."""
+    servers: list[ChatServer] = []
+
+    def start(reply: Callable[[str, list[dict[str, str]]], tuple[int, Any]]) -> ChatServer:
+        servers.append(ChatServer(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def honest(question: str, messages: list[dict[str, str]]) -> tuple[int, str]:
+    """A rule-based teacher and judge: its criteria are strings of the references, and it looks for them."""
+    if messages[0]["content"].startswith("You write grading rubrics"):
+        body = json.loads(question)
+        words = list(dict.fromkeys(" ".join(body["references"]).split()))[:4]
+        words += [f"filler {i}" for i in range(4 - len(words))]
+        criteria = [{"text": f"contains: {word}", "weight": (5, 1, 1, 1)[i]} for i, word in enumerate(words)]
+        return 200, json.dumps({"criteria": criteria})
+    if messages[0]["content"].startswith("You grade answers"):
+        body = json.loads(question)
+        rules = [criterion.removeprefix("contains: ") for criterion in body["criteria"]]
+        met = {label: [int(rule in answer) for rule in rules] for label, answer in body["answers"].items()}
+        return 200, f"```json\n{json.dumps({'scores': met})}\n```"
+    return 200, "7 is the answer"
+
+
+@pytest.fixture
+def honest_server(serve: Callable[..., ChatServer]) -> ChatServer:
+    """A chat endpoint that grades honestly."""
+    return serve(honest)

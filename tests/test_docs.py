@@ -24,7 +24,7 @@ from agentopd.rendering import HermesJSON, assistant_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/*.md"))
-HOSTS = {"arxiv.org", "chatgptaiml.com", "github.com"}
+HOSTS = {"arxiv.org", "chatgptaiml.com", "github.com", "localhost:8000"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 ABSOLUTE_PATH = re.compile(r"(?<![\w./<~])/(?!proc\b|sys\b|dev\b)[A-Za-z][\w.-]*/[\w.-]+")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,7 +30,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     ``suite`` may be a table or the path of a suite file, relative to the config file. Raises ``ConfigError``.
     """
     raw = _raw(Path(path), overrides)
-    raw["objective"] = _merged_objective(raw.get("objective", {}))
+    raw["objective"] = merged_objective(raw.get("objective", {}))
     return _validate(RunConfig, raw, str(path))
 
 
@@ -46,7 +46,7 @@ def load_suite(name: str | Path) -> SuiteConfig:
 
 def resolve_objective(preset: str) -> ObjectiveConfig:
     """A preset with every block filled in. Raises ``ConfigError`` for an unknown one."""
-    return _validate(ObjectiveConfig, _merged_objective({"preset": preset}), f"preset {preset!r}")
+    return _validate(ObjectiveConfig, merged_objective({"preset": preset}), f"preset {preset!r}")
 
 
 def dump_toml(config: Section) -> str:
@@ -154,7 +154,8 @@ def _descend(table: Any, part: str, override: str) -> Any:
     return child
 
 
-def _merged_objective(given: Any) -> dict[str, Any]:
+def merged_objective(given: Any) -> dict[str, Any]:
+    """An objective table as a file gives it, with its preset's blocks filled in. Raises ``ConfigError``."""
     if not isinstance(given, dict):
         raise ConfigError(f"objective: expected a table, got {given!r}")
     preset = given.get("preset", DEFAULT_PRESET)
@@ -164,6 +165,8 @@ def _merged_objective(given: Any) -> dict[str, Any]:
         raise ConfigError(f"objective.preset: unknown preset {preset!r}; {hint}(presets: {', '.join(PRESETS)})")
     merged: dict[str, Any] = {**deepcopy(PRESETS[preset]), "preset": preset}
     for block, settings in given.items():
+        if isinstance(settings, str) and isinstance(merged.get(block), dict):
+            settings = {"kind": settings}
         base = merged.get(block)
         if isinstance(settings, dict) and isinstance(base, dict) and _same_kind(base, settings):
             settings = {**base, **settings}
@@ -176,12 +179,23 @@ def _same_kind(base: dict[str, Any], given: dict[str, Any]) -> bool:
     return "kind" not in given or given["kind"] == base.get("kind")
 
 
+def _place(raw: Any, loc: Sequence[str | int]) -> Iterator[str]:
+    """Where an error is, in the file's own words: pydantic also names the kind it chose, which is no key."""
+    node = raw
+    for index, part in enumerate(loc):
+        known = isinstance(node, dict) and part in node
+        if isinstance(node, dict) and not known and index + 1 < len(loc):
+            continue
+        yield str(part)
+        node = node[part] if known or (isinstance(node, list | tuple) and isinstance(part, int)) else None
+
+
 def _validate(model: type[T], raw: dict[str, Any], where: str) -> T:
     try:
         return model.model_validate(raw)
     except ValidationError as exc:
         first = exc.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != first.get("ctx", {}).get("tag"))
+        place = ".".join(_place(raw, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         given = first.get("input")
         shown = "" if isinstance(given, dict | Section) or first["type"] == "value_error" else f" (got {given!r})"

@@ -1,148 +1,65 @@
-"""The objective as data: one section per block of ``docs/algorithms.md``, each the identity at its off setting.
-
-Blocks that come in kinds are discriminated by ``kind``; a key that the chosen kind does not have is an error, so no
-knob is silently ignored.
-"""
+"""The objective as data: the blocks of ``objective_blocks``, what they need, and which combinations make no sense."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from agentopd.config.base import Section
+from agentopd.config.objective_blocks import (
+    AsymmetricRouter,
+    CalibratedRouter,
+    CandidatesPG,
+    CertificateGate,
+    Divergence,
+    FullForwardKL,
+    FullReverseKL,
+    JensenShannon,
+    Masks,
+    NoAdvantage,
+    OutcomeRouter,
+    Reference,
+    Router,
+    RubricAdvantage,
+    SampledPG,
+    SignGate,
+    Stabiliser,
+    TopKForwardKL,
+    TopKReverseKL,
+    UniformRouter,
+    VerifierAdvantage,
+    Weights,
+)
+from agentopd.config.objective_data import (
+    Alignment,
+    Anchor,
+    GoldNLL,
+    MixedSource,
+    NoAnchor,
+    OfflineSource,
+    RolloutSource,
+    SameTokenizer,
+    StudentSource,
+    TeacherAnchor,
+    TeacherForwardKL,
+    TeacherSource,
+)
+from agentopd.config.objective_rules import complaints
+
+Access = Literal["none", "text", "sampled", "topk", "full"]
+"""What a teacher gives: nothing, text, log-probs of sampled ids, of its top-K ids too, or whole distributions."""
+ACCESS: tuple[Access, ...] = ("none", "text", "sampled", "topk", "full")
+"""Each includes those before it."""
 
 
-class NoDivergence(Section):
-    """No teacher term."""
+class Blocks(Section):
+    """One choice of blocks: an objective, or one of its stages."""
 
-    kind: Literal["none"] = "none"
-
-
-class SampledPG(Section):
-    """Sampled-token policy gradient on ``log p_T - log p_S`` (the k1 estimator of reverse KL)."""
-
-    kind: Literal["sampled_pg"] = "sampled_pg"
-    coef: float = Field(1.0, ge=0)
-
-
-class TopKReverseKL(Section):
-    """Reverse KL on the teacher's top-K ids, differentiated exactly."""
-
-    kind: Literal["topk_rkl"] = "topk_rkl"
-    coef: float = Field(1.0, ge=0)
-    top_k: int = Field(32, ge=2)
-    tail: Literal["bucket", "none"] = "bucket"
-    """``bucket`` adds one bin for all mass outside the support; ``none`` renormalises inside it."""
-
-
-Divergence = Annotated[NoDivergence | SampledPG | TopKReverseKL, Field(discriminator="kind")]
-
-
-class NoAdvantage(Section):
-    """The verifier's reward does not enter the policy gradient."""
-
-    kind: Literal["none"] = "none"
-
-
-class GroupAdvantage(Section):
-    """Group-relative advantage, ``(R - mean) / (std + eps)`` inside each prompt group (unbiased std)."""
-
-    kind: Literal["grpo"] = "grpo"
-    coef: float = Field(1.0, ge=0)
-    normalise_std: bool = True
-
-
-VerifierAdvantage = Annotated[NoAdvantage | GroupAdvantage, Field(discriminator="kind")]
-
-
-class UniformRouter(Section):
-    """Every token takes the teacher's guidance in full."""
-
-    kind: Literal["uniform"] = "uniform"
-
-
-class CalibratedRouter(Section):
-    """Weights by agreement of verdict and teacher: ``w0 + (w1-w0) max(0,a) + (w2-w0) max(0,-a)``."""
-
-    kind: Literal["calibrated"] = "calibrated"
-    w_agree: float = Field(1.0, ge=0)
-    w_neutral: float = Field(0.5, ge=0)
-    w_conflict: float = Field(0.25, ge=0)
-    use_certificates: bool = True
-    """Take the sign of a step from the verdict's certificate where it has one."""
-
-
-Router = Annotated[UniformRouter | CalibratedRouter, Field(discriminator="kind")]
-
-
-class Stabiliser(Section):
-    """Bounds on one token's and one sequence's influence, and the trust region. ``None`` turns a bound off."""
-
-    cap: float | None = Field(5.0, gt=0)
-    """Largest teacher pressure of one token, in nats (the divergence's gradient is scaled down to it)."""
-    sequence_budget: float | None = Field(1.0, gt=0)
-    """Largest mean teacher pressure over one sequence, in nats per token."""
-    clip_low: float = Field(0.2, gt=0)
-    clip_high: float = Field(0.28, gt=0)
-    dual_clip: float | None = Field(3.0, gt=1)
-    tis_cap: float | None = Field(2.0, gt=0)
-    """Upper truncation of the learner/engine importance ratio."""
-    max_prob_drop: float | None = Field(0.2, gt=0, le=1)
-    """Drop policy-gradient tokens whose probability already moved this far in the advantage's direction."""
-
-
-class Masks(Section):
-    """Which sampled tokens take part."""
-
-    special_tokens: bool = True
-    """Leave role and end-of-turn markers out of the teacher term, on every turn (the verifier term keeps them)."""
-    truncated: Literal["keep", "drop", "mask_tail"] = "keep"
-    """Episodes that a budget ended: keep them, drop them from the loss, or hide their last tenth from the teacher."""
-
-
-class Weights(Section):
-    """Per-token weights of the teacher term."""
-
-    step_delta: float | None = Field(None, ge=0)
-    """Step-wise weights of SOD, ``min((d_1+eps)/(d_k+eps), 1+delta)``; None is off."""
-    outside_span: float = Field(1.0, ge=0)
-    """Weight of tokens outside tool-call spans; 1 is off."""
-
-
-class Reference(Section):
-    """Pull towards a frozen reference policy."""
-
-    kl_coef: float = Field(0.0, ge=0)
-    """Coefficient of the k2 estimator of KL(student, frozen start); 0 is off and loads no reference."""
-
-
-class NoAnchor(Section):
-    """No anchor."""
-
-    kind: Literal["none"] = "none"
-
-
-class GoldNLL(Section):
-    """Negative log-likelihood of gold trajectories."""
-
-    kind: Literal["gold_nll"] = "gold_nll"
-    coef: float = Field(1.0, gt=0)
-
-
-Anchor = Annotated[NoAnchor | GoldNLL, Field(discriminator="kind")]
-
-
-_POLICY_GRADIENT_KEYS = ("clip_low", "clip_high", "dual_clip", "tis_cap", "max_prob_drop")
-_TEACHER_KEYS = ("cap", "sequence_budget")
-
-
-class ObjectiveConfig(Section):
-    """The blocks of one objective. ``preset`` fills them in; any key given beside it overrides the preset's."""
-
-    preset: str = "verifier_calibrated"
-    source: Literal["student", "gold"] = "student"
-    """Whose trajectories are trained on."""
+    source: RolloutSource = StudentSource()
+    """Whose trajectories are trained on; a bare word picks the kind."""
     divergence: Divergence = TopKReverseKL()
     verifier: VerifierAdvantage = NoAdvantage()
     router: Router = UniformRouter()
@@ -151,52 +68,171 @@ class ObjectiveConfig(Section):
     weights: Weights = Weights()
     reference: Reference = Reference()
     anchor: Anchor = NoAnchor()
+    alignment: Alignment = SameTokenizer()
 
     @model_validator(mode="after")
-    def _blocks_have_their_inputs(self) -> ObjectiveConfig:
-        """Refuse combinations in which a block lacks its input, so that none is silently without effect."""
-        on_policy = self.divergence.kind == "sampled_pg" or self.verifier.kind != "none" or self.reference.kl_coef > 0
-        if self.source == "gold" and on_policy:
-            raise ValueError("source 'gold' has no samples of the student: sampled_pg, grpo and kl_coef need 'student'")
-        if self.anchor.kind == "gold_nll" and self.source != "gold":
-            raise ValueError("anchor 'gold_nll' needs gold trajectories: set source = 'gold'")
-        if self.router.kind == "calibrated" and self.divergence.kind == "none":
-            raise ValueError(
-                "router 'calibrated' weighs the teacher term, but divergence is 'none': set router 'uniform'"
-            )
-        kinds = (self.divergence.kind, self.verifier.kind, self.anchor.kind)
-        if all(kind == "none" for kind in kinds) and self.reference.kl_coef == 0:
-            raise ValueError("the objective is empty: turn on divergence, verifier, anchor or reference")
+    def _makes_sense(self) -> Blocks:
+        """Refuse blocks that lack their input, and settings that would be silently without effect."""
+        for complaint in complaints(self):
+            raise ValueError(complaint)
         return self
 
-    @model_validator(mode="after")
-    def _no_setting_without_effect(self) -> ObjectiveConfig:
-        """A bound, mask or weight moved off its default must have a term to act on."""
-        policy_gradient = self.divergence.kind == "sampled_pg" or self.verifier.kind != "none"
-        without_effect: list[tuple[str, str, str]] = []
-        if not policy_gradient:
-            without_effect += [("stabiliser", key, "policy gradient") for key in _POLICY_GRADIENT_KEYS]
-        if not self.needs_teacher:
-            without_effect += [("stabiliser", key, "teacher term") for key in _TEACHER_KEYS]
-            without_effect += [("weights", key, "teacher term") for key in Weights.model_fields]
-            without_effect += [("masks", "special_tokens", "teacher term")]
-        for block, key, term in without_effect:
-            section = getattr(self, block)
-            if getattr(section, key) != type(section).model_fields[key].default:
-                raise ValueError(f"{block}.{key} acts on the {term}, and this objective has none: leave it out")
-        return self
+    @property
+    def has_policy_gradient(self) -> bool:
+        """Whether a clipped surrogate is part of the loss."""
+        return isinstance(self.divergence, SampledPG | CandidatesPG) or self.verifier.kind != "none"
 
     @property
     def top_k(self) -> int:
-        """The teacher top-K this objective needs (0: sampled tokens only)."""
-        return self.divergence.top_k if isinstance(self.divergence, TopKReverseKL) else 0
+        """The teacher top-K this objective reads (0: sampled tokens only)."""
+        found = [0]
+        if isinstance(self.divergence, TopKReverseKL | TopKForwardKL):
+            found.append(self.divergence.top_k)
+        if isinstance(self.divergence, JensenShannon) and self.divergence.top_k is not None:
+            found.append(self.divergence.top_k)
+        if isinstance(self.divergence, CandidatesPG) and self.divergence.support != "student":
+            found.append(self.divergence.top_k)
+        if isinstance(self.router, AsymmetricRouter):
+            found.append(self.router.top_k)
+        if isinstance(self.anchor, TeacherForwardKL):
+            found.append(self.anchor.top_k)
+        return max(found)
+
+    @property
+    def student_top_k(self) -> int:
+        """How many of the student's own most likely ids the teacher has to score (0: none)."""
+        found = [0]
+        if isinstance(self.divergence, CandidatesPG) and self.divergence.support != "teacher":
+            found.append(self.divergence.top_k)
+        if self.masks.suffix != "off":
+            found.append(self.masks.suffix_top_k)
+        return max(found)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any block reads teacher log-probs."""
+        """Whether the teacher term reads teacher log-probs on the trained trajectories."""
         return self.divergence.kind != "none"
+
+    @property
+    def needs_full_vocabulary(self) -> bool:
+        """Whether the learner compares whole distributions, which takes a teacher in its process."""
+        whole = isinstance(self.divergence, JensenShannon) and self.divergence.top_k is None
+        return whole or isinstance(self.divergence, FullReverseKL | FullForwardKL)
 
     @property
     def needs_reference(self) -> bool:
         """Whether any block reads reference log-probs."""
-        return self.reference.kl_coef > 0
+        boosted = isinstance(self.router, SignGate | CertificateGate) and self.router.extrapolation != 1
+        return self.reference.kl_coef > 0 or self.reference.extrapolation != 1 or boosted
+
+    @property
+    def needs_teacher_rollouts(self) -> bool:
+        """Whether the teacher has to act: answers of its own, to train on or to draw rubrics from."""
+        from_teacher = isinstance(self.source, TeacherSource) or (
+            isinstance(self.source, MixedSource) and self.source.other == "teacher"
+        )
+        return from_teacher or isinstance(self.anchor, TeacherAnchor) or self.needs_rubric
+
+    @property
+    def needs_gold(self) -> bool:
+        """Whether the tasks need gold trajectories."""
+        mixed = isinstance(self.source, MixedSource) and self.source.other == "gold"
+        return mixed or self.source.kind == "gold" or isinstance(self.anchor, GoldNLL)
+
+    @property
+    def needs_rubric(self) -> bool:
+        """Whether rewards come from a rubric and a judge instead of the verifier."""
+        return isinstance(self.verifier, RubricAdvantage)
+
+    @property
+    def needs_stored_rollouts(self) -> bool:
+        """Whether trajectories and teacher log-probs are read from disk."""
+        return isinstance(self.source, OfflineSource)
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether a prompt needs two or more episodes."""
+        return self.verifier.kind in ("grpo", "rubric")
+
+    @property
+    def needs_verdict(self) -> bool:
+        """Whether the loss depends on the verifier's outcome."""
+        gated = isinstance(self.router, CertificateGate | CalibratedRouter | OutcomeRouter)
+        return gated or self.verifier.kind in ("grpo", "absolute")
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the learner has to measure the student's entropy at every token."""
+        return self.masks.entropy_top_ratio is not None
+
+    @property
+    def needs_batch_statistics(self) -> bool:
+        """Whether the loss of one token depends on a mean over the whole batch (a second look at the batch)."""
+        return self.stabiliser.phi != "off"
+
+    @property
+    def uses_certificates(self) -> bool:
+        """Whether a step's certificate overrides the episode's sign."""
+        reads = isinstance(self.router, CalibratedRouter | OutcomeRouter) and self.router.use_certificates
+        return reads or isinstance(self.router, CertificateGate)
+
+    @property
+    def teacher_access(self) -> Access:
+        """The least that a teacher has to give."""
+        if self.needs_full_vocabulary or self.alignment.kind != "same":
+            return "full"
+        if self.top_k or self.student_top_k:
+            return "topk"
+        if self.needs_teacher:
+            return "sampled"
+        return "text" if self.needs_teacher_rollouts else "none"
+
+
+class Stage(Blocks):
+    """Blocks that train before the objective's own, until a share of the steps is done."""
+
+    name: str = "stage"
+    until: float = Field(gt=0, lt=1)
+
+
+class ObjectiveConfig(Blocks):
+    """The blocks of one objective. ``preset`` fills them in; any key given beside it overrides the preset's."""
+
+    preset: str = "verifier_calibrated"
+    stages: tuple[Stage, ...] = ()
+    """Other blocks to start with, in order; after the last one the objective's own blocks train to the end."""
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> ObjectiveConfig:
+        ends = [stage.until for stage in self.stages]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"stages must end one after the other; their 'until' are {ends}")
+        return self
+
+    def at(self, progress: float) -> Blocks:
+        """The blocks in force when this share of the steps is done, in [0, 1)."""
+        return next((stage for stage in self.stages if progress < stage.until), self)
+
+    def every_stage(self) -> Iterator[Blocks]:
+        """All blocks that will be in force at some time, in order: what a run has to provide for."""
+        yield from self.stages
+        yield self
+
+    def anchored_until(self) -> float:
+        """Share of the steps after which no teacher rollouts are read any more (0: none ever are)."""
+        ends = [0.0, *(stage.until for stage in self.stages if stage.needs_teacher_rollouts)]
+        if self.needs_teacher_rollouts:
+            ends.append(self.anchor.off_from if isinstance(self.anchor, TeacherAnchor) else 1.0)
+        return max(ends)
+
+
+def anchor_coef(anchor: Anchor, progress: float) -> float:
+    """The anchor's coefficient when ``progress`` of the steps is done: hold, cosine decay, 0 (SG-OPD, eq. 3)."""
+    if isinstance(anchor, NoAnchor):
+        return 0.0
+    if isinstance(anchor, GoldNLL) or progress < anchor.hold_until:
+        return anchor.coef
+    if progress >= anchor.off_from:
+        return 0.0 if anchor.off_from < 1 else anchor.coef_end
+    phase = (progress - anchor.hold_until) / (anchor.off_from - anchor.hold_until)
+    return anchor.coef_end + 0.5 * (anchor.coef - anchor.coef_end) * (1 + math.cos(math.pi * phase))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from agentopd.config.base import OFF, Section
-from agentopd.config.objective import ObjectiveConfig
+from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
 from agentopd.config.retention import GuardConfig, ReplayConfig, RetentionConfig, StageConfig
+from agentopd.config.teachers import AnyTeacherConfig, ChatTeacherConfig, Dtype, JudgeConfig
 from agentopd.types import Limits
 
 __all__ = ["GuardConfig", "ReplayConfig", "RetentionConfig", "RunConfig", "SkillConfig", "StageConfig", "SuiteConfig"]
 
 SkillRole = Literal["new", "old"]
-Dtype = Literal["auto", "bfloat16", "float32"]
-"""``auto``: bfloat16 on accelerators and on CPUs that compute in it, float32 on other CPUs, where bfloat16 is slow."""
 
 
 class SkillConfig(Section):
@@ -74,15 +74,6 @@ class ModelConfig(Section):
     student: str = "micro/student"
     """A directory, a Hugging Face id, or a checkpoint shipped with AgentOPD (``micro/student``)."""
     dtype: Dtype = "auto"
-
-
-class TeacherConfig(Section):
-    """One teacher."""
-
-    kind: Literal["hf"] = "hf"
-    model: str
-    dtype: Dtype = "auto"
-    batch_tokens: int = Field(16384, ge=256)
 
 
 class RolloutConfig(Section):
@@ -177,6 +168,13 @@ class TrackingConfig(Section):
     """Episodes kept for the report at each step (the first of each skill first)."""
 
 
+class DemonstrationsConfig(Section):
+    """Rollouts of teachers: sampled once, judged, and kept."""
+
+    cache: str | None = None
+    """A folder to keep them in, shared between runs; None is the run's own."""
+
+
 class RunConfig(Section):
     """Everything one ``agentopd train`` needs."""
 
@@ -186,8 +184,10 @@ class RunConfig(Section):
     """CPU threads of torch; None leaves torch's own choice."""
     model: ModelConfig = ModelConfig()
     suite: SuiteConfig
-    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    teachers: dict[str, AnyTeacherConfig] = Field(default_factory=dict)
+    judge: JudgeConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
+    demonstrations: DemonstrationsConfig = DemonstrationsConfig()
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -234,16 +234,67 @@ class RunConfig(Section):
             if key is not None and key not in self.teachers:
                 known = ", ".join(sorted(self.teachers)) or "none"
                 raise ValueError(f"skill {skill.name!r} names teacher {key!r}; [teachers] has: {known}")
-        if self.objective.needs_teacher and "default" not in self.teachers:
-            lacking = [skill.name for skill in new if self.teacher_of(skill) is None]
-            if lacking:
+        for blocks in self.objective.every_stage():
+            self._teachers_suffice(blocks, new)
+            if blocks.needs_groups and self.rollout.group_size < 2:
+                raise ValueError("the group-relative advantage needs rollout.group_size >= 2 (it is 1)")
+            for is_used, what in _NOT_WIRED:
+                if is_used(blocks):
+                    raise ValueError(f"objective {self.objective.preset!r} needs {what}: not available in this version")
+            if blocks.needs_stored_rollouts:
+                self._rollouts_can_be_stored(blocks)
+        if any(blocks.needs_rubric for blocks in self.objective.every_stage()) != (self.judge is not None):
+            lacking = (
+                "verifier 'rubric' needs a model that writes rubrics and judges: add [judge] with base_url and model"
+            )
+            idle = "[judge] grades by rubrics, and this objective has none: leave it out"
+            raise ValueError(lacking if self.judge is None else idle)
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher, ChatTeacherConfig):
+                continue
+            if teacher.context != "student" and not any(
+                blocks.needs_teacher for blocks in self.objective.every_stage()
+            ):
+                raise ValueError(f"teachers.{name}.context changes what is scored, and this objective scores nothing")
+        return self
+
+    def _rollouts_can_be_stored(self, blocks: Blocks) -> None:
+        """Stored rollouts are made once: the tasks must be finite, and nothing may depend on the current student."""
+        trained = [skill for skill in self.suite.skills if skill.role == "new" or self.replay.share > 0]
+        for skill in trained:
+            if skill.num_train_tasks is None:
                 raise ValueError(
-                    f"objective {self.objective.preset!r} needs a teacher for skill {lacking[0]!r}: "
+                    f"source 'offline' stores the rollouts of every training task: set num_train_tasks of skill "
+                    f"{skill.name!r}"
+                )
+        if blocks.student_top_k:
+            raise ValueError("source 'offline' has no teacher to score the current student's candidates: masks.suffix")
+        if len(list(self.objective.every_stage())) > 1:
+            raise ValueError("source 'offline' is a run of its own: it cannot be a stage")
+
+    def _teachers_suffice(self, blocks: Blocks, new: list[SkillConfig]) -> None:
+        """Every new skill has a teacher, and it gives what these blocks read."""
+        needed = blocks.teacher_access
+        if needed == "none":
+            return
+        for skill in new:
+            teacher = self.teachers.get(self.teacher_of(skill) or "default")
+            if teacher is None:
+                raise ValueError(
+                    f"objective {self.objective.preset!r} needs a teacher for skill {skill.name!r}: "
                     "add [teachers.default] with a model, or name one in the skill"
                 )
-        if self.objective.verifier.kind == "grpo" and self.rollout.group_size < 2:
-            raise ValueError("the group-relative advantage needs rollout.group_size >= 2 (it is 1)")
-        return self
+            if ACCESS.index(teacher.access) < ACCESS.index(needed):
+                raise ValueError(
+                    f"objective {self.objective.preset!r} needs a teacher that gives {needed!r}; "
+                    f"the one of skill {skill.name!r} gives {teacher.access!r} only"
+                )
+            reads_base = blocks.needs_reference and blocks.reference.policy == "teacher_base"
+            if reads_base and getattr(teacher, "base", None) is None:
+                raise ValueError(
+                    f"reference.policy 'teacher_base' needs the model that the teacher of skill {skill.name!r} was "
+                    "trained from: set 'base' beside its 'model', or use reference.policy = 'start'"
+                )
 
     @model_validator(mode="after")
     def _stages_cover_the_new_skills(self) -> RunConfig:
@@ -326,3 +377,9 @@ class RunConfig(Section):
         old = tuple(skill.name for skill in self.suite.skills if skill.role == "old")
         earlier = self.stages[: self.stage_at(step)] if self.stages else ()
         return old + tuple(name for stage in earlier for name in stage.skills)
+
+
+_NOT_WIRED: tuple[tuple[Callable[[Blocks], bool], str], ...] = (
+    (lambda blocks: blocks.alignment.kind == "byte_offset", "probabilities sorted over two vocabularies"),
+)
+"""Inputs that no part of the loop provides yet."""

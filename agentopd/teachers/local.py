@@ -6,17 +6,18 @@ and only on the tokens the student sampled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from agentopd.contracts import Evidence, FloatArray, IntArray
 from agentopd.errors import TeacherError, boundary
-from agentopd.learner.head import Head, head_topk, hidden_states, output_head
+from agentopd.learner.head import Head, head_logprobs, head_topk, hidden_states, output_head
 from agentopd.objective.microbatches import bucket_by_length
 from agentopd.types import Episode
 
@@ -25,15 +26,29 @@ class LocalTeacher:
     """Scores episodes with a Hugging Face causal LM, in length-sorted batches of ``batch_tokens`` padded tokens.
 
     ``vocab_size`` is the number of ids shared with the student: rows a checkpoint pads its vocabulary with are left
-    out before the softmax. The model is used as it is (its device and dtype), without gradients.
+    out before the softmax. The model is used as it is (its device and dtype), without gradients. ``keep_hidden`` adds
+    its last hidden states to the evidence, for a learner that compares whole distributions with ``head``.
     """
 
-    def __init__(self, name: str, model: Any, batch_tokens: int = 16384, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        batch_tokens: int = 16384,
+        vocab_size: int | None = None,
+        keep_hidden: bool = False,
+    ) -> None:
         self.name = name
         self.batch_tokens = batch_tokens
+        self.keep_hidden = keep_hidden
         self._model = model
         self._vocab_size = vocab_size
         self.max_top_k: int | None = output_head(model, vocab_size).weight.shape[0]
+
+    @property
+    def head(self) -> Head:
+        """The output projection on the ids shared with the student."""
+        return output_head(self._model, self._vocab_size)
 
     async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
         """Evidence of each episode, in order; ``top_k`` is capped to the vocabulary, 0 leaves the top-K out.
@@ -41,14 +56,32 @@ class LocalTeacher:
         Raises ``TeacherError`` where a log-prob is not finite or the forward pass fails.
         """
         with boundary(TeacherError, f"teacher {self.name!r}"):
-            scored = _score(self._model, episodes, top_k, self.batch_tokens, self._vocab_size)
-        for episode, (logprobs, _, topk) in zip(episodes, scored, strict=True):
-            if not (np.isfinite(logprobs).all() and np.isfinite(topk).all()):
+            scored = _score(self._model, episodes, top_k, self.batch_tokens, self._vocab_size, self.keep_hidden)
+        for episode, found in zip(episodes, scored, strict=True):
+            if not all(np.isfinite(values).all() for values in (found.logprobs, found.topk, found.hidden)):
                 raise TeacherError(f"teacher {self.name!r} gave a non-finite log-prob on episode {episode.id!r}")
         return [
-            Evidence(self.name, logprobs, ids if top_k else None, topk if top_k else None)
-            for logprobs, ids, topk in scored
+            Evidence(
+                self.name,
+                found.logprobs,
+                found.ids if top_k else None,
+                found.topk if top_k else None,
+                hidden=found.hidden if self.keep_hidden else None,
+            )
+            for found in scored
         ]
+
+    async def score_ids(self, episodes: Sequence[Episode], ids: Sequence[IntArray]) -> list[FloatArray]:
+        """Full-vocabulary log-probs (n, K) at given ids (n, K), the student's own candidates say, for each episode.
+
+        Raises ``TeacherError`` where one is not finite or the forward pass fails.
+        """
+        with boundary(TeacherError, f"teacher {self.name!r}"):
+            scored = _at_ids(self._model, episodes, ids, self.batch_tokens, self._vocab_size)
+        for episode, logprobs in zip(episodes, scored, strict=True):
+            if not np.isfinite(logprobs).all():
+                raise TeacherError(f"teacher {self.name!r} gave a non-finite log-prob on episode {episode.id!r}")
+        return scored
 
     async def aclose(self) -> None:
         """Nothing to release."""
@@ -67,34 +100,76 @@ def load_local_teacher(
 
 def score_logprobs(model: Any, episodes: Sequence[Episode], batch_tokens: int = 16384) -> list[FloatArray]:
     """Log-probs of each episode's sampled tokens (n,) at temperature 1 under ``model``: the reference scorer."""
-    return [logprobs for logprobs, _, _ in _score(model, episodes, 0, batch_tokens, None)]
+    return [found.logprobs for found in _score(model, episodes, 0, batch_tokens, None)]
+
+
+def top_ids(model: Any, episodes: Sequence[Episode], k: int, batch_tokens: int = 16384) -> list[IntArray]:
+    """The ``k`` most likely ids (n, k) before each sampled token under ``model``: a student's own candidates."""
+    return [found.ids for found in _score(model, episodes, k, batch_tokens, None)]
+
+
+class _Scored(NamedTuple):
+    """Of one episode's n sampled tokens: log-probs (n,), top-K ids and log-probs (n, K), hidden states (n, H or 0)."""
+
+    logprobs: FloatArray
+    ids: IntArray
+    topk: FloatArray
+    hidden: FloatArray
+
+
+def _score(
+    model: Any,
+    episodes: Sequence[Episode],
+    top_k: int,
+    batch_tokens: int,
+    vocab_size: int | None,
+    keep_hidden: bool = False,
+) -> list[_Scored]:
+    head = output_head(model, vocab_size)
+    k, width = min(top_k, head.weight.shape[0]), head.weight.shape[1] if keep_hidden else 0
+    nothing = (np.zeros(0, np.float32), np.zeros((0, k), np.int64), np.zeros((0, k), np.float32))
+    found = [_Scored(*nothing, np.zeros((0, width), np.float32))] * len(episodes)
+    for members, hidden_NH, target_N, sizes in _hidden(model, head, episodes, batch_tokens):
+        streams = (*head_topk(hidden_NH, head, target_N, k), hidden_NH[:, :width].float())
+        parts = zip(*(torch.split(stream.cpu(), sizes) for stream in streams), strict=True)
+        for index, part in zip(members, parts, strict=True):
+            found[index] = _Scored(*(values.numpy() for values in part))
+    return found
 
 
 @torch.no_grad()
-def _score(
-    model: Any, episodes: Sequence[Episode], top_k: int, batch_tokens: int, vocab_size: int | None
-) -> list[tuple[FloatArray, IntArray, FloatArray]]:
-    """Log-probs (n,), top-K ids and log-probs (n, K) of each episode's n sampled tokens."""
+def _at_ids(
+    model: Any, episodes: Sequence[Episode], ids: Sequence[IntArray], batch_tokens: int, vocab_size: int | None
+) -> list[FloatArray]:
+    """Log-probs (n, K) at ``ids`` of each episode's n sampled tokens."""
     head = output_head(model, vocab_size)
-    k = min(top_k, head.weight.shape[0])
-    empty = (np.zeros(0, np.float32), np.zeros((0, k), np.int64), np.zeros((0, k), np.float32))
-    found: list[tuple[FloatArray, IntArray, FloatArray]] = [empty] * len(episodes)
+    found = [np.zeros(chosen.shape, np.float32) for chosen in ids]
+    for members, hidden_NH, target_N, sizes in _hidden(model, head, episodes, batch_tokens):
+        chosen_NK = torch.from_numpy(np.concatenate([ids[index] for index in members])).to(hidden_NH.device)
+        _, logprobs_NK = head_logprobs(hidden_NH, head, target_N, chosen_NK)
+        for index, part in zip(members, torch.split(logprobs_NK.cpu(), sizes), strict=True):
+            found[index] = part.numpy()
+    return found
+
+
+@torch.no_grad()
+def _hidden(
+    model: Any, head: Head, episodes: Sequence[Episode], batch_tokens: int
+) -> Iterator[tuple[list[int], Tensor, Tensor, list[int]]]:
+    """Length-sorted batches: members, hidden states (N, H), targets (N,), sampled tokens per member."""
     sampled = [index for index, episode in enumerate(episodes) if episode.num_sampled]
     positions = {index: np.flatnonzero(np.array(episodes[index].loss_mask)) for index in sampled}
     lengths = [int(positions[index][-1]) + 1 for index in sampled]
     for bucket in bucket_by_length(lengths, batch_tokens):
         members = [sampled[i] for i in bucket]
         rows = [episodes[index].token_ids[: int(positions[index][-1]) + 1] for index in members]
-        scores = _forward(model, head, rows, [positions[index] for index in members], k)
-        for index, score in zip(members, scores, strict=True):
-            found[index] = score
-    return found
+        yield members, *_forward(model, head, rows, [positions[index] for index in members])
 
 
 def _forward(
-    model: Any, head: Head, rows: list[list[int]], positions: list[npt.NDArray[np.intp]], k: int
-) -> list[tuple[FloatArray, IntArray, FloatArray]]:
-    """One right-padded forward pass over ``rows``."""
+    model: Any, head: Head, rows: list[list[int]], positions: list[npt.NDArray[np.intp]]
+) -> tuple[Tensor, Tensor, list[int]]:
+    """One right-padded forward pass over ``rows``: hidden states (N, H), targets (N,) and tokens per row."""
     device = head.weight.device
     input_ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for index, row in enumerate(rows):
@@ -103,6 +178,4 @@ def _forward(
     row_N = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(sizes))
     position_N = torch.from_numpy(np.concatenate(positions))
     hidden_NH = hidden_states(model, input_ids_BT.to(device), row_N.to(device), position_N.to(device))
-    streams = head_topk(hidden_NH, head, input_ids_BT[row_N, position_N].to(device), k)
-    logprobs, ids, topk = ([part.numpy() for part in torch.split(stream.cpu(), sizes)] for stream in streams)
-    return list(zip(logprobs, ids, topk, strict=True))
+    return hidden_NH, input_ids_BT[row_N, position_N].to(device), sizes

@@ -1,0 +1,93 @@
+"""Rollouts of an actor other than the current student: a teacher's, or the frozen starting student's.
+
+The actor plays in the same environments, token in, token out, and is judged by the same verifiers. What it did on a
+task depends on the task alone, so it is sampled once and kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from agentopd.build import Judge, Policy, Skill
+from agentopd.evaluate import stable_seed
+from agentopd.rollout import EpisodeSpec, RolloutOptions, stream_episodes
+from agentopd.rollout.cache import Judged, RolloutCache, RolloutKey
+from agentopd.types import Episode, StopReason, Task
+
+
+@dataclass
+class Demonstrator:
+    """One actor on the tasks of a run. ``identity`` names its weights and tokenizer in the cache."""
+
+    policy: Policy
+    identity: str
+    skills: Mapping[str, Skill]
+    judge: Judge
+    cache: RolloutCache
+    options: RolloutOptions
+    seed: int
+
+    async def answer(self, prompts: Sequence[tuple[str, Task]], num: int = 1) -> list[list[Judged]]:
+        """``num`` judged episodes of every (skill, task), in order; only what the cache lacks is sampled.
+
+        Episodes that the machinery broke or could not judge are returned but not kept, so that the next run tries
+        again. Raises ``EngineError``.
+        """
+        keys = [self._key(skill, task, num) for skill, task in prompts]
+        found = [self.cache.get(key) for key in keys]
+        missing = {key.digest: index for index, key in enumerate(keys) if found[index] is None}
+        specs = [spec for index in missing.values() for spec in self._specs(keys[index], prompts[index][1])]
+        tasks = {spec.id: spec.task for spec in specs}
+
+        async def finished(spec: EpisodeSpec, episode: Episode) -> Judged:
+            return episode, await self.judge(tasks[spec.id], episode)
+
+        sampled = await stream_episodes(specs, self.policy.engine, self.policy.renderer, finished, self.options)
+        fresh = {digest: sampled[i * num : (i + 1) * num] for i, digest in enumerate(missing)}
+        for digest, judged in fresh.items():
+            if all(_usable(item) for item in judged):
+                self.cache.put(keys[missing[digest]], judged)
+        return [fresh[key.digest] if old is None else old for key, old in zip(keys, found, strict=True)]
+
+    def has(self, skill: str, task: Task, num: int = 1) -> bool:
+        """Whether the cache holds the answers to a prompt."""
+        return self.cache.path(self._key(skill, task, num)).is_file()
+
+    def _key(self, skill: str, task: Task, num: int) -> RolloutKey:
+        verifier, env = self.judge.verifier(skill, task), self.skills[skill].env
+        return RolloutKey(
+            task_hash=task.hash,
+            skill=skill,
+            actor=self.identity,
+            judge=f"{env.name}@{env.version}/{verifier.name}@{verifier.version}",
+            num=num,
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            codec=type(self.policy.codec).__name__,
+            max_malformed=self.options.max_malformed,
+            seed=self.seed,
+        )
+
+    def _specs(self, key: RolloutKey, task: Task) -> list[EpisodeSpec]:
+        group = f"demonstration/{key.digest}"
+        return [
+            EpisodeSpec(
+                task=task,
+                env_cls=self.skills[key.skill].env,
+                id=f"{group}#{copy}",
+                group_id=group,
+                skill=key.skill,
+                seed=stable_seed("demonstration", key.digest, copy),
+            )
+            for copy in range(key.num)
+        ]
+
+    async def aclose(self) -> None:
+        """Release the engine."""
+        await self.policy.engine.aclose()
+
+
+def _usable(item: Judged) -> bool:
+    episode, verdict = item
+    return episode.stop_reason is not StopReason.ENV_ERROR and verdict.outcome is not None

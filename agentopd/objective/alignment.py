@@ -1,0 +1,149 @@
+"""Two tokenizers over one text: where their tokens meet, and what their distributions share (SimCT, arXiv 2605.07711).
+
+Both token sequences are laid out by byte offset and cut wherever both have a boundary. In a segment of one token on
+each side the two distributions are compared on the ids both vocabularies have. A longer segment adds one slot, the
+joint probability of its own tokens, beside the shared ids at its first position. Left out: tokens after the last
+common boundary, and special tokens, which carry the chat format. The identity when the tokenizers agree.
+
+The published code scores a long segment by the mean raw logit of its tokens; here it is the sum of their log-probs
+(the joint probability), or their mean, so that adding a constant to all logits of a position changes nothing.
+
+N tokens, K slots of support; ``segment_N`` numbers a row's segments from 0, -1 outside all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+SpanScore = Literal["sum_logprob", "mean_logprob"]
+
+
+class Segment(NamedTuple):
+    """The same bytes on both sides: half-open token ranges."""
+
+    student: tuple[int, int]
+    teacher: tuple[int, int]
+
+    @property
+    def one_to_one(self) -> bool:
+        """One token on each side."""
+        return self.student[1] - self.student[0] == 1 == self.teacher[1] - self.teacher[0]
+
+
+def align_bytes(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[Segment]:
+    """Finest segments on which both token sequences spell the same bytes, in order.
+
+    Nothing is aligned after the first byte that differs (a character cut in two, say), nor after the last boundary
+    that both sides have.
+    """
+    common = _common_prefix(b"".join(student), b"".join(teacher))
+    # The last token ending at an offset wins, so that empty pieces belong to the token before them.
+    ends = [dict(zip(np.cumsum([len(piece) for piece in side]).tolist(), range(1, len(side) + 1), strict=True))
+            for side in (student, teacher)]  # fmt: skip
+    segments, start = [], (0, 0)
+    for offset in sorted(ends[0].keys() & ends[1].keys()):
+        if offset > common:
+            break
+        end = (ends[0][offset], ends[1][offset])
+        if offset > 0:
+            segments.append(Segment((start[0], end[0]), (start[1], end[1])))
+        start = end
+    return segments
+
+
+def _common_prefix(one: bytes, other: bytes) -> int:
+    """Number of leading bytes that are equal."""
+    size = min(len(one), len(other))
+    differ = np.flatnonzero(np.frombuffer(one, np.uint8, size) != np.frombuffer(other, np.uint8, size))
+    return int(differ[0]) if len(differ) else size
+
+
+def shared_ids(student: Sequence[bytes | None], teacher: Sequence[bytes | None]) -> IntArray:
+    """For each teacher id the student's id with the same bytes, or -1; shape (V_T,).
+
+    ``None`` marks ids to leave out (special tokens, padding rows). The first of several ids with equal bytes counts.
+    """
+    ours: dict[bytes, int] = {}
+    for index, piece in enumerate(student):
+        if piece:
+            ours.setdefault(piece, index)
+    taken: set[int] = set()
+    table = np.full(len(teacher), -1, np.int64)
+    for index, piece in enumerate(teacher):
+        match = ours.get(piece, -1) if piece else -1
+        if match >= 0 and match not in taken:
+            table[index] = match
+            taken.add(match)
+    return table
+
+
+def translate(ids_NK: IntArray, logprobs_NK: FloatArray, table: IntArray) -> tuple[IntArray, FloatArray]:
+    """Teacher top-K as student ids; a slot without a shared id is unused (id 0, log-prob -inf)."""
+    found_NK = table[ids_NK]
+    return np.where(found_NK >= 0, found_NK, 0), np.where(found_NK >= 0, logprobs_NK, -np.inf).astype(np.float32)
+
+
+def segment_logprobs(
+    logprobs_N: Tensor, row_N: Tensor, segment_N: Tensor, score: SpanScore = "sum_logprob"
+) -> tuple[Tensor, Tensor]:
+    """Score of each token's whole segment (N,), and the flag of tokens whose segment has several student tokens.
+
+    Outside segments and in segments of one token it is the token's own log-prob. Differentiable.
+    """
+    inside = (segment_N >= 0).nonzero().squeeze(1)
+    if not len(inside):
+        return logprobs_N, torch.zeros_like(logprobs_N, dtype=torch.bool)
+    stride = int(segment_N.max()) + 1
+    _, group = torch.unique(row_N[inside] * stride + segment_N[inside], return_inverse=True)
+    zeros = logprobs_N.new_zeros(int(group.max()) + 1)
+    total = zeros.index_add(0, group, logprobs_N[inside])
+    size = zeros.index_add(0, group, torch.ones_like(logprobs_N[inside]))
+    value = total / size if score == "mean_logprob" else total
+    several_N = torch.zeros_like(logprobs_N, dtype=torch.bool).index_put((inside,), size[group] > 1)
+    return logprobs_N.index_put((inside,), value[group]), several_N
+
+
+def with_span_slot(
+    student_NK: Tensor, teacher_NK: Tensor, spans_N2: Tensor, is_span_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both supports with the segment's own slot appended, (N, K+1); ``-inf`` on the teacher's side marks it unused.
+
+    ``spans_N2`` holds the segment's score for student and teacher, ``is_span_N`` the segments of several tokens.
+    """
+    ours_N, theirs_N = spans_N2.unbind(-1)
+    student = torch.cat([student_NK, ours_N[:, None]], dim=-1)
+    return student, torch.cat([teacher_NK, torch.where(is_span_N, theirs_N, -torch.inf)[:, None]], dim=-1)
+
+
+def merge_observed(first_V: FloatArray, later: FloatArray) -> FloatArray:
+    """GOLD's merged distribution of a segment (V,): log-probs at its first position plus those of its later tokens.
+
+    Each entry is the log-probability of that token followed by the tokens that were observed; unnormalised, and the
+    identity for a segment of one token. Source: TRL GOLD, strategy ``observed``.
+    """
+    merged: FloatArray = first_V + later.sum(dtype=np.float32)
+    return merged
+
+
+def effective_vocabulary(student: Sequence[bytes | None], teacher: Sequence[bytes | None]) -> int:
+    """V_eff of two vocabularies that differ by padding rows alone: ids below it mean the same to both.
+
+    Raises ``ValueError`` naming the first id that differs.
+    """
+    size = min(len(student), len(teacher))
+    for index in range(size):
+        if student[index] != teacher[index]:
+            raise ValueError(
+                f"token id {index} is {student[index]!r} for the student, {teacher[index]!r} for the teacher"
+            )
+    if any(piece is not None for piece in [*student[size:], *teacher[size:]]):
+        raise ValueError(f"the longer vocabulary has tokens beyond id {size - 1}, not only padding")
+    return size

@@ -1,0 +1,181 @@
+"""What a teacher is shown of an episode, and how its evidence is read back onto the student's tokens.
+
+A view turns the student's episode into the one the teacher scores, and the teacher's evidence into evidence on the N
+tokens that the student sampled. So every teacher, local or served, can be given a privileged prompt or another
+tokenizer without knowing of it. Nothing a view adds is ever seen by the student: it works on finished episodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from agentopd.contracts import Evidence
+from agentopd.errors import TaskError, TeacherError
+from agentopd.objective.alignment import Segment, align_bytes, shared_ids, translate
+from agentopd.rendering.pieces import token_bytes
+from agentopd.rendering.templates import ChatRenderer, assistant_text
+from agentopd.types import Episode, Message, Task, ToolSchema, Turn
+
+Privilege = Literal["hint", "solution", "trajectory"]
+ToolsOf = Callable[[str, Task], tuple[ToolSchema, ...]]
+"""The tools a skill's environment offers on a task."""
+
+
+class View(Protocol):
+    """How one teacher looks at episodes."""
+
+    def show(self, task: Task, episode: Episode) -> Episode:
+        """The episode the teacher scores. Raises ``TaskError`` where the task lacks what the view needs."""
+        ...
+
+    def read(self, episode: Episode, shown: Episode, evidence: Evidence) -> Evidence:
+        """Evidence on ``shown`` as evidence on the student's own tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The messages a teacher's prompt is rendered from: the student's, after what only this teacher may see."""
+
+    student: ChatRenderer
+    tools: ToolsOf
+    privilege: Privilege | None = None
+
+    def messages(self, task: Task, episode: Episode) -> tuple[tuple[Message, ...], tuple[ToolSchema, ...]]:
+        """Opening messages and tools. Raises ``TaskError`` unless the student's prompt can be told from the task."""
+        tools = self.tools(episode.skill, task.student_view())
+        if tuple(self.student.open(task.prompt, tools)) != episode.prompt_ids:
+            raise TaskError(
+                f"environment {task.env!r} opens task {task.id!r} with messages other than its prompt; a teacher "
+                "with a prompt of its own (privileged, or of another tokenizer) needs them to be the same"
+            )
+        return (task.prompt if self.privilege is None else self._with_note(task, self.privilege)), tools
+
+    def _with_note(self, task: Task, privilege: Privilege) -> tuple[Message, ...]:
+        """The prompt with the privileged text in front of its first user message."""
+        note = privileged_text(task, privilege, self.student)
+        first = next((i for i, message in enumerate(task.prompt) if message.role == "user"), None)
+        if not note or first is None:
+            lacking = "user message to put it in" if note else f"privileged {privilege}"
+            raise TaskError(
+                f"task {task.id!r} of {task.env!r} has no {lacking}: choose another context for the teacher"
+            )
+        message = task.prompt[first]
+        noted = message.model_copy(update={"content": f"{note}\n\n{message.content}"})
+        return (*task.prompt[:first], noted, *task.prompt[first + 1 :])
+
+
+def privileged_text(task: Task, privilege: Privilege, renderer: ChatRenderer) -> str:
+    """What a task tells its teacher: its hint, its solution, or its gold trajectory as it has to be written."""
+    if privilege == "trajectory":
+        return "\n".join(assistant_text(turn, renderer.codec) for turn in task.privileged.trajectory)
+    return task.privileged.hint if privilege == "hint" else task.privileged.solution
+
+
+@dataclass(frozen=True)
+class PrivilegedView:
+    """The student's turns verbatim after a prompt that also holds the task's privileged text."""
+
+    opening: Opening
+
+    def show(self, task: Task, episode: Episode) -> Episode:
+        """The same sampled and observation ids; only the prompt differs."""
+        prompt_ids = self.opening.student.open(*self.opening.messages(task, episode))
+        return episode.model_copy(update={"prompt_ids": tuple(prompt_ids)})
+
+    def read(self, episode: Episode, shown: Episode, evidence: Evidence) -> Evidence:
+        """The sampled tokens are the same, so the evidence is."""
+        return evidence
+
+
+class CrossTokenizerView:
+    """The student's text in the teacher's tokens and chat template, turn by turn; evidence aligned by bytes.
+
+    Evidence read back has ``segments``. The teacher's log-prob of a token is that of its whole segment, and its top-K
+    are the ids both vocabularies have, at the segment's first position; special tokens and what cannot be aligned are
+    in no segment.
+    """
+
+    def __init__(self, opening: Opening, teacher: ChatRenderer) -> None:
+        self.opening, self.teacher = opening, teacher
+        self._ours, self._theirs = token_bytes(opening.student.tokenizer), token_bytes(teacher.tokenizer)
+        self._shared = shared_ids(self._ours, self._theirs)
+
+    @property
+    def num_shared(self) -> int:
+        """Number of tokens both vocabularies have."""
+        return int((self._shared >= 0).sum())
+
+    def show(self, task: Task, episode: Episode) -> Episode:
+        """The episode as the teacher would have read and written it."""
+        prompt_ids = self.teacher.open(*self.opening.messages(task, episode))
+        turns = tuple(self._turn(turn) for turn in episode.turns)
+        return episode.model_copy(update={"prompt_ids": tuple(prompt_ids), "turns": turns})
+
+    def _turn(self, turn: Turn) -> Turn:
+        ids = self.teacher.encode_turn(turn.text)
+        if turn.finish_reason == "length":
+            ids = ids[:-1]
+        observed = self.teacher.observe(turn.results) if turn.observation_ids else []
+        return turn.model_copy(
+            update={
+                "token_ids": tuple(ids),
+                "rollout_logprobs": (0.0,) * len(ids),
+                "observation_ids": tuple(observed),
+            }
+        )
+
+    def read(self, episode: Episode, shown: Episode, evidence: Evidence) -> Evidence:
+        """Evidence on the student's tokens (N,). Raises ``TeacherError`` where the teacher gave no top-K."""
+        if evidence.topk_ids is None or evidence.topk_logprobs is None:
+            raise TeacherError(f"teacher {evidence.teacher!r} has another tokenizer and gave no top-K")
+        n, k = episode.num_sampled, evidence.topk_ids.shape[1]
+        logprobs, segments = np.zeros(n, np.float32), np.full(n, -1, np.int64)
+        ids, topk = np.zeros((n, k), np.int64), np.full((n, k), -np.inf, np.float32)
+        ours = theirs = count = 0
+        for mine, its in zip(episode.turns, shown.turns, strict=True):
+            for segment in self._segments(mine.token_ids, its.token_ids):
+                (s0, s1), (t0, t1) = segment
+                row = self._support(
+                    segment, mine, its, evidence.topk_ids[theirs + t0], evidence.topk_logprobs[theirs + t0]
+                )
+                if np.isfinite(row[1]).any():
+                    logprobs[ours + s0 : ours + s1] = evidence.teacher_logprobs[theirs + t0 : theirs + t1].sum()
+                    segments[ours + s0 : ours + s1] = count
+                    ids[ours + s0], topk[ours + s0] = row
+                    count += 1
+            ours, theirs = ours + len(mine.token_ids), theirs + len(its.token_ids)
+        return replace(evidence, teacher_logprobs=logprobs, topk_ids=ids, topk_logprobs=topk, segments=segments)
+
+    def _segments(self, ours: Sequence[int], theirs: Sequence[int]) -> list[Segment]:
+        """Segments of one turn without a special token on either side."""
+        found = align_bytes(
+            _spelled(ours, self._ours, self.opening.student), _spelled(theirs, self._theirs, self.teacher)
+        )
+        return [
+            segment
+            for segment in found
+            if all(self._ours[index] is not None for index in ours[slice(*segment.student)])
+            and all(self._theirs[index] is not None for index in theirs[slice(*segment.teacher)])
+        ]
+
+    def _support(self, segment: Segment, mine: Turn, its: Turn, ids_K: Any, logprobs_K: Any) -> tuple[Any, Any]:
+        """The teacher's top-K at a segment's first position as student ids.
+
+        In a longer segment the first token of either side is left out: its mass is the segment's own slot.
+        """
+        found, kept = translate(ids_K, logprobs_K, self._shared)
+        if not segment.one_to_one:
+            first = (found == mine.token_ids[segment.student[0]]) | (ids_K == its.token_ids[segment.teacher[0]])
+            kept = np.where(first, -np.inf, kept)
+        return found, kept
+
+
+def _spelled(ids: Sequence[int], table: Sequence[bytes | None], renderer: ChatRenderer) -> list[bytes]:
+    """Bytes of a turn's ids, special tokens spelled out, without its end-of-turn token."""
+    body = ids[:-1] if ids and ids[-1] in renderer.end_of_turn_ids else ids
+    return [table[index] or str(renderer.tokenizer.convert_ids_to_tokens(index)).encode() for index in body]

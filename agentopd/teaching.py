@@ -1,0 +1,222 @@
+"""Who teaches which skill: the teachers, references and demonstrators that a run's objective needs, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agentopd.build import Judge, Policy, Skill
+from agentopd.config.objective import Blocks
+from agentopd.config.objective_data import OfflineSource
+from agentopd.config.run import RunConfig
+from agentopd.config.teachers import ChatTeacherConfig, TeacherConfig
+from agentopd.contracts import Teacher
+from agentopd.demonstrations import Demonstrator
+from agentopd.engines import HFEngine
+from agentopd.learner.head import Head
+from agentopd.models import check_same_vocabulary, load_model, load_tokenizer, model_hash, tokenizer_hash
+from agentopd.rendering import ChatRenderer
+from agentopd.rollout import RolloutOptions
+from agentopd.rollout.cache import RolloutCache
+from agentopd.teachers.chat import ChatEndpoint
+from agentopd.teachers.local import LocalTeacher
+from agentopd.teachers.rubric import RubricJudge
+from agentopd.teachers.stored import StoredTeacher, StoreHeader
+from agentopd.teachers.views import CrossTokenizerView, Opening, PrivilegedView, View
+from agentopd.types import Task, ToolSchema
+
+RETENTION_TEACHER = "start"
+"""The frozen starting student: the teacher of old skills that name no other."""
+
+
+@dataclass
+class Teachers:
+    """Who scores and who demonstrates which skill. Everything is keyed by a name of ``[teachers]``, or ``start``."""
+
+    routes: dict[str, str] = field(default_factory=dict)
+    """Skill to teacher."""
+    by_key: dict[str, Teacher] = field(default_factory=dict)
+    """The teachers that score."""
+    views: dict[str, View] = field(default_factory=dict)
+    """How a teacher looks at episodes, where it does not see what the student saw."""
+    actors: dict[str, Policy] = field(default_factory=dict)
+    """Teachers that can act in this process."""
+    demonstrators: dict[str, Demonstrator] = field(default_factory=dict)
+    """The same with verdicts and a cache, where the objective trains on their rollouts."""
+    stored_rollouts: Demonstrator | None = None
+    """The starting student's rollouts, where they are read from disk."""
+    reference_routes: dict[str, str] = field(default_factory=dict)
+    """Skill to reference policy; empty where no block reads one."""
+    references: dict[str, Teacher] = field(default_factory=dict)
+    start: Teacher | None = None
+    """The frozen starting student, where evaluations measure the KL to it."""
+    texts: dict[str, ChatEndpoint] = field(default_factory=dict)
+    """Teachers that answer in text only."""
+    judge: RubricJudge | None = None
+
+    def heads(self) -> dict[str, Head]:
+        """Output projections of the local teachers whose whole distributions are compared."""
+        return {
+            key: teacher.head
+            for key, teacher in self.by_key.items()
+            if isinstance(teacher, LocalTeacher) and teacher.keep_hidden
+        }
+
+    def _scorers(self) -> list[Teacher]:
+        start = [self.start] if self.start is not None else []
+        return [*self.by_key.values(), *self.references.values(), *start]
+
+    async def aclose(self) -> None:
+        """Release every teacher."""
+        for teacher in {id(x): x for x in self._scorers()}.values():
+            await teacher.aclose()
+        for actor in self.actors.values():
+            await actor.engine.aclose()
+        for endpoint in [*self.texts.values(), *([self.judge.endpoint] if self.judge else [])]:
+            await endpoint.aclose()
+
+
+def build_teachers(
+    config: RunConfig, policy: Policy, skills: Mapping[str, Skill], judge: Judge, root: Path
+) -> Teachers:
+    """Load the models that the run's skills are routed to, for what any stage of the objective reads of them.
+
+    Old skills without a teacher of their own are taught by the frozen starting student. Raises ``ConfigError`` where a
+    teacher's vocabulary does not fit the objective's alignment.
+    """
+    stages = list(config.objective.every_stage())
+    teachers = Teachers(routes=_routes(config, stages))
+    faculty = _Faculty(config, stages, policy, skills, root)
+    for key in sorted(set(teachers.routes.values())):
+        faculty.add(teachers, key)
+    if any(blocks.needs_teacher_rollouts for blocks in stages):
+        cache = RolloutCache(config.demonstrations.cache or root / "demonstrations")
+        for key, actor in teachers.actors.items():
+            teachers.demonstrators[key] = _demonstrator(config, actor, faculty.identity(key), skills, judge, cache)
+    for blocks in stages:
+        if isinstance(blocks.source, OfflineSource):
+            _read_from_disk(config, blocks, policy, teachers, faculty, _offline_root(blocks.source, root))
+            cache = RolloutCache(_offline_root(blocks.source, root) / "rollouts")
+            start = faculty.identity(RETENTION_TEACHER)
+            teachers.stored_rollouts = _demonstrator(config, policy, start, skills, judge, cache)
+    if config.judge is not None:
+        teachers.judge = RubricJudge(ChatEndpoint(config.judge, root / "judge"), config.judge)
+    if any(blocks.needs_reference for blocks in stages):
+        faculty.add_references(teachers)
+    if config.eval.measures_kl:
+        teachers.start = LocalTeacher(RETENTION_TEACHER, faculty.start())
+    return teachers
+
+
+def _routes(config: RunConfig, stages: Sequence[Blocks]) -> dict[str, str]:
+    if all(blocks.teacher_access == "none" for blocks in stages):
+        return {}
+    trained = [skill for skill in config.suite.skills if skill.role == "new" or config.replay.share > 0]
+    fallback = {"new": "default", "old": RETENTION_TEACHER}
+    return {skill.name: config.teacher_of(skill) or fallback[skill.role] for skill in trained}
+
+
+def _demonstrator(
+    config: RunConfig, actor: Policy, identity: str, skills: Mapping[str, Skill], judge: Judge, cache: RolloutCache
+) -> Demonstrator:
+    rollout = config.rollout
+    options = RolloutOptions(rollout.temperature, rollout.top_p, rollout.max_malformed, judge.sandbox)
+    return Demonstrator(actor, identity, skills, judge, cache, options, config.seed)
+
+
+def _offline_root(source: OfflineSource, root: Path) -> Path:
+    return Path(source.path) if source.path is not None else root / "offline"
+
+
+def _read_from_disk(
+    config: RunConfig, blocks: Blocks, policy: Policy, teachers: Teachers, faculty: _Faculty, root: Path
+) -> None:
+    """Put a store in front of every teacher."""
+    assert isinstance(blocks.source, OfflineSource)
+    for key, live in teachers.by_key.items():
+        header = StoreHeader(
+            teacher=faculty.identity(key),
+            tokenizer=tokenizer_hash(policy.tokenizer),
+            top_k=blocks.top_k,
+            student=faculty.identity(RETENTION_TEACHER),
+        )
+        teachers.by_key[key] = StoredTeacher(key, root / "evidence" / key, header, live, blocks.source.allow_mismatch)
+
+
+class _Faculty:
+    """Loads each model once."""
+
+    def __init__(
+        self, config: RunConfig, stages: Sequence[Blocks], policy: Policy, skills: Mapping[str, Skill], root: Path
+    ) -> None:
+        self.config, self.policy, self.skills, self.root = config, policy, skills, root
+        self.scores = any(blocks.needs_teacher or blocks.top_k for blocks in stages)
+        self.aligned = any(blocks.alignment.kind != "same" for blocks in stages)
+        self.whole = any(blocks.needs_full_vocabulary for blocks in stages)
+        self.base = any(blocks.needs_reference and blocks.reference.policy == "teacher_base" for blocks in stages)
+        self._start: Any = None
+
+    def identity(self, key: str) -> str:
+        """A teacher's weights, for caches and stores."""
+        chosen = self.config.teachers.get(key)
+        return model_hash(chosen.model if isinstance(chosen, TeacherConfig) else self.config.model.student)
+
+    def start(self) -> Any:
+        """The frozen starting student."""
+        if self._start is None:
+            self._start = load_model(self.config.model.student, self.config.model.dtype)
+        return self._start
+
+    def add(self, teachers: Teachers, key: str) -> None:
+        """A teacher by the name that skills are routed to."""
+        if key not in self.config.teachers:
+            teachers.actors[key] = self.policy.acting_as(self.start())
+            if self.scores:
+                teachers.by_key[key] = LocalTeacher(key, self.start(), keep_hidden=self.whole)
+            return
+        chosen = self.config.teachers[key]
+        if isinstance(chosen, ChatTeacherConfig):
+            teachers.texts[key] = ChatEndpoint(chosen, self.root / "answers")
+            return
+        model, tokenizer = load_model(chosen.model, chosen.dtype), load_tokenizer(chosen.model)
+        if self.aligned:
+            renderer = ChatRenderer(tokenizer, self.policy.codec)
+            vocab_size = len(tokenizer)
+            actor = replace(self.policy, model=model, tokenizer=tokenizer, renderer=renderer, engine=HFEngine(model))
+            teachers.views[key] = CrossTokenizerView(self._opening(chosen), renderer)
+        else:
+            check_same_vocabulary(self.policy.tokenizer, tokenizer, key)
+            vocab_size, actor = len(self.policy.tokenizer), self.policy.acting_as(model)
+            if chosen.context != "student":
+                teachers.views[key] = PrivilegedView(self._opening(chosen))
+        teachers.actors[key] = actor
+        if self.scores:
+            teachers.by_key[key] = LocalTeacher(key, model, chosen.batch_tokens, vocab_size, self.whole)
+
+    def add_references(self, teachers: Teachers) -> None:
+        """The reference policy of every trained skill: the frozen start, or the base of the skill's teacher."""
+        for skill in self.config.suite.skills:
+            key = teachers.routes.get(skill.name, RETENTION_TEACHER)
+            chosen = self.config.teachers.get(key)
+            if self.base and isinstance(chosen, TeacherConfig) and chosen.base is not None:
+                name = f"{key}/base"
+                if name not in teachers.references:
+                    check_same_vocabulary(self.policy.tokenizer, load_tokenizer(chosen.base), name)
+                    base, size = load_model(chosen.base, chosen.dtype), len(self.policy.tokenizer)
+                    teachers.references[name] = LocalTeacher(name, base, chosen.batch_tokens, size)
+            else:
+                name = RETENTION_TEACHER
+                if name not in teachers.references:
+                    teachers.references[name] = LocalTeacher("reference", self.start())
+            teachers.reference_routes[skill.name] = name
+
+    def _opening(self, chosen: TeacherConfig) -> Opening:
+        privilege = None if chosen.context == "student" else chosen.context
+        return Opening(self.policy.renderer, partial(_tools, self.skills), privilege)
+
+
+def _tools(skills: Mapping[str, Skill], skill: str, task: Task) -> tuple[ToolSchema, ...]:
+    return skills[skill].env.tool_schemas(task)

@@ -1,0 +1,209 @@
+"""What a teacher sees, and how its evidence comes back onto the student's tokens."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from agentopd.contracts import Evidence
+from agentopd.errors import TaskError
+from agentopd.objective.alignment import align_bytes
+from agentopd.rendering import ChatRenderer, HermesJSON
+from agentopd.rendering.micro_template import MICRO_CHAT_TEMPLATE
+from agentopd.rendering.pieces import token_bytes
+from agentopd.teachers.local import LocalTeacher
+from agentopd.teachers.views import CrossTokenizerView, Opening, PrivilegedView
+from agentopd.types import Episode, Message, Privileged, StopReason, Task, ToolSchema, Turn
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MATHS = ["What is 3 + 4? 3 + 4 = 7. The answer is 7."] * 20
+PROSE = ["The answer to the question is that we answer it: the answer is what it is."] * 20
+CANARY = "canary-5f1e"
+TOOLS = (ToolSchema(name="add"),)
+
+
+def tokenizer(texts, size):
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(size, special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=CONTROL[2], pad_token=CONTROL[0])
+    made.chat_template = MICRO_CHAT_TEMPLATE
+    return made
+
+
+@pytest.fixture(scope="module")
+def renderers():
+    return [ChatRenderer(tokenizer(texts, size), HermesJSON()) for texts, size in ((MATHS, 300), (PROSE, 340))]
+
+
+@pytest.fixture
+def task():
+    return Task(
+        id="t",
+        env="toy",
+        prompt=(Message(role="system", content="Be brief."), Message(role="user", content="What is 3 + 4?")),
+        privileged=Privileged(hint=f"It is {CANARY}.", trajectory=(Message(role="assistant", content="7"),)),
+    )
+
+
+def model(vocab_size, seed=0):
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+    )
+    return Qwen3ForCausalLM(config).eval().requires_grad_(False)
+
+
+def episode(renderer, task, texts=("The answer is 7.", "Größe: the answer → it is.")):
+    turns = []
+    for index, text in enumerate(texts):
+        ids = tuple(renderer.encode_turn(text))
+        results = (Message(role="tool", content=f"result {index}"),) if index + 1 < len(texts) else ()
+        observed = tuple(renderer.observe(results)) if results else ()
+        turns.append(Turn(token_ids=ids, rollout_logprobs=(-1.0,) * len(ids), observation_ids=observed,
+                          text=text, results=results))  # fmt: skip
+    return Episode(
+        id="e",
+        task_id=task.id,
+        task_hash=task.hash,
+        env="toy",
+        split="train",
+        prompt_ids=tuple(renderer.open(task.prompt, TOOLS)),
+        turns=tuple(turns),
+        stop_reason=StopReason.COMPLETED,
+    )
+
+
+def opening(renderer, privilege=None):
+    return Opening(renderer, lambda skill, task: TOOLS, privilege)
+
+
+def score(teacher, shown, top_k):
+    return asyncio.run(teacher.score([shown], top_k))[0]
+
+
+def test_a_privileged_prompt_changes_the_prompt_alone(renderers, task):
+    student, _ = renderers
+    mine = episode(student, task)
+    shown = PrivilegedView(opening(student, "hint")).show(task, mine)
+    assert shown.turns == mine.turns
+    text = student.tokenizer.decode(list(shown.prompt_ids))
+    assert CANARY in text and text.index(CANARY) < text.index("What is 3 + 4?")
+    assert CANARY not in student.tokenizer.decode(mine.token_ids)
+    assert np.count_nonzero(shown.loss_mask) == mine.num_sampled
+
+
+def test_privileged_evidence_lies_on_the_students_tokens(renderers, task):
+    student, _ = renderers
+    net, mine = model(len(student.tokenizer)), episode(student, task)
+    view = PrivilegedView(opening(student, "hint"))
+    shown = view.show(task, mine)
+    found = view.read(mine, shown, score(LocalTeacher("t", net), shown, 0))
+    assert found.teacher_logprobs.shape == (mine.num_sampled,)
+    ids = torch.tensor([shown.token_ids])
+    at = np.flatnonzero(shown.loss_mask)
+    assert ids[0, at].tolist() == [token for turn in mine.turns for token in turn.token_ids]
+    expected = net(input_ids=ids).logits[0].log_softmax(-1)[at - 1, ids[0, at]]
+    np.testing.assert_allclose(found.teacher_logprobs, expected, atol=1e-5)
+
+
+def test_a_task_without_the_privileged_text_is_refused(renderers, task):
+    student, _ = renderers
+    with pytest.raises(TaskError, match="no privileged solution"):
+        PrivilegedView(opening(student, "solution")).show(task, episode(student, task))
+
+
+def test_an_environment_that_opens_differently_is_refused(renderers, task):
+    student, _ = renderers
+    other = episode(student, task).model_copy(update={"prompt_ids": (1, 2, 3)})
+    with pytest.raises(TaskError, match="messages other than its prompt"):
+        PrivilegedView(opening(student, "hint")).show(task, other)
+
+
+def test_the_teacher_reads_the_same_conversation_in_its_own_tokens(renderers, task):
+    student, teacher = renderers
+    mine = episode(student, task)
+    shown = CrossTokenizerView(opening(student), teacher).show(task, mine)
+    assert shown.turns[0].token_ids != mine.turns[0].token_ids
+    assert teacher.tokenizer.decode(shown.token_ids) == student.tokenizer.decode(mine.token_ids)
+
+
+def test_segments_carry_the_teachers_joint_probability(renderers, task):
+    student, teacher = renderers
+    mine = episode(student, task)
+    view = CrossTokenizerView(opening(student), teacher)
+    shown = view.show(task, mine)
+    answer = score(LocalTeacher("t", model(len(teacher.tokenizer))), shown, 10_000)
+    found = view.read(mine, shown, answer)
+    ours, theirs = token_bytes(student.tokenizer), token_bytes(teacher.tokenizer)
+    sampled = [token for turn in mine.turns for token in turn.token_ids]
+    # The end-of-turn tokens, and nothing else of these two turns, are in no segment.
+    assert [ours[token] for token, part in zip(sampled, found.segments, strict=True) if part < 0] == [None, None]
+    offset = start = number = 0
+    for one, other in zip(mine.turns, shown.turns, strict=True):
+        pairs = align_bytes([ours[t] for t in one.token_ids[:-1]], [theirs[t] for t in other.token_ids[:-1]])
+        assert any(not pair.one_to_one for pair in pairs) and any(pair.one_to_one for pair in pairs)
+        for (s0, s1), (t0, t1) in pairs:
+            joint = answer.teacher_logprobs[start + t0 : start + t1].sum()
+            np.testing.assert_allclose(found.teacher_logprobs[offset + s0 : offset + s1], joint, rtol=1e-6)
+            assert (found.segments[offset + s0 : offset + s1] == number).all()
+            first = found.topk_logprobs[offset + s0]
+            used = np.isfinite(first)
+            pieces = {ours[index] for index in found.topk_ids[offset + s0][used]}
+            assert pieces <= set(theirs) and used.sum() >= view.num_shared - 2
+            assert not np.isfinite(found.topk_logprobs[offset + s0 + 1 : offset + s1]).any()
+            number += 1
+        offset, start = offset + len(one.token_ids), start + len(other.token_ids)
+
+
+def test_with_the_same_tokenizer_the_view_is_the_identity_but_for_special_tokens(renderers, task):
+    student, _ = renderers
+    mine = episode(student, task)
+    view = CrossTokenizerView(opening(student), student)
+    shown = view.show(task, mine)
+    assert shown.token_ids == mine.token_ids
+    answer = score(LocalTeacher("t", model(len(student.tokenizer))), shown, 10_000)
+    found = view.read(mine, shown, answer)
+    inside = found.segments >= 0
+    np.testing.assert_array_equal(found.segments[inside], np.arange(inside.sum()))
+    np.testing.assert_array_equal(found.teacher_logprobs[inside], answer.teacher_logprobs[inside])
+    assert view.num_shared == len(student.tokenizer) - len(student.tokenizer.all_special_ids)
+
+
+def test_a_turn_that_was_cut_off_has_no_end_in_either_tokenizer(renderers, task):
+    student, teacher = renderers
+    mine = episode(student, task, texts=("The answer",))
+    cut = mine.turns[0]
+    cut = cut.model_copy(update={"token_ids": cut.token_ids[:-1], "rollout_logprobs": cut.rollout_logprobs[:-1],
+                                 "finish_reason": "length"})  # fmt: skip
+    mine = mine.model_copy(update={"turns": (cut,)})
+    shown = CrossTokenizerView(opening(student), teacher).show(task, mine)
+    assert shown.turns[0].token_ids[-1] not in teacher.end_of_turn_ids
+
+
+def test_a_special_token_in_the_text_is_in_no_segment(renderers, task):
+    student, teacher = renderers
+    mine = episode(student, task, texts=("The <|im_start|> answer",))
+    view = CrossTokenizerView(opening(student), teacher)
+    shown = view.show(task, mine)
+    k = len(teacher.tokenizer)
+    n = shown.num_sampled
+    flat = Evidence("t", np.zeros(n, np.float32), np.tile(np.arange(k), (n, 1)), np.full((n, k), -5.0, np.float32))
+    found = view.read(mine, shown, replace(flat))
+    marked = [token in student.tokenizer.all_special_ids for token in mine.turns[0].token_ids]
+    assert sum(marked) >= 1 and (found.segments[np.array(marked)] == -1).all()
+    assert (found.segments >= 0).any()
