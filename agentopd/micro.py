@@ -189,9 +189,10 @@ def _texts(recipe: MicroRecipe, skills: dict[str, Skill]) -> Iterator[str]:
     for skill in skills.values():
         for task in islice(_train_tasks(recipe, skill), recipe.tokenizer.tasks_per_skill):
             yield from (message.content for message in task.prompt)
+            schemas = skill.env.tool_schemas(task)
             for turn in skill.env.gold_turns(task):  # type: ignore[attr-defined]
-                yield assistant_text(turn, codec)
-            for schema in skill.env.tool_schemas(task):
+                yield assistant_text(turn, codec, schemas)
+            for schema in schemas:
                 yield f"{schema.name}({', '.join(schema.parameters.get('properties', {}))})"
 
 

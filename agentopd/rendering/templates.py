@@ -19,7 +19,7 @@ from jinja2.exceptions import TemplateError
 
 from agentopd.errors import ConfigError
 from agentopd.rendering.codecs import ToolCodec
-from agentopd.types import Message, ToolSchema
+from agentopd.types import Message, Role, ToolSchema
 
 _STAND_IN = "a stand-in turn"
 _USER = Message(role="user", content="hello")
@@ -27,7 +27,11 @@ _SHORT: tuple[Message, ...] = (_USER,)
 _LONG = (_USER, Message(role="assistant", content="answer"), Message(role="user", content="and then?"))
 _SYSTEM = Message(role="system", content="be brief")
 _PROBE_TOOL = ToolSchema(name="probe", description="probe")
+_ANSWERS = (Message(role="tool", content="12", name="probe"), _USER)
+"""What may answer an assistant turn."""
 
+
+_CALL_ID = "call00000"
 
 _History = tuple[tuple[Message, ...], tuple[ToolSchema, ...]]
 
@@ -44,7 +48,9 @@ class ChatRenderer:
     """Messages to ids for one tokenizer and codec.
 
     ``tokenizer`` is a Hugging Face fast tokenizer that carries a chat template. Raises ``ConfigError`` if it carries
-    none, or if what the template writes after an assistant turn depends on the history (no prefix property).
+    none, or if what the template writes after an assistant turn depends on the history (no prefix property), be the
+    answer tool results or a user message. Where only one of the two can be appended, the other is in ``refusals``,
+    and ``observe`` raises for it.
     """
 
     def __init__(self, tokenizer: Any, codec: ToolCodec) -> None:
@@ -66,7 +72,10 @@ class ChatRenderer:
         eos = tokenizer.eos_token_id
         self.end_of_turn_ids: tuple[int, ...] = tuple(dict.fromkeys([self.end_of_turn_id] + [eos] * (eos is not None)))
         """Ids that stop generation: the template's end of turn first, then the tokenizer's own end of text."""
-        self._continuation((_USER,))
+        self.refusals = self._refusals()
+        """Why turns cannot be continued with messages of a role, for each role for which that is so."""
+        if len(self.refusals) == len(_ANSWERS):
+            raise next(iter(self.refusals.values()))
 
     def open(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> list[int]:
         """Prompt ids of a new episode, ending in the generation prompt."""
@@ -120,7 +129,8 @@ class ChatRenderer:
 
     def call_mask(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
         """Whether each id of *one* sampled turn lies in a tool call (markers included, malformed calls too); (T,)."""
-        pieces = [self._piece(token) for token in ids]
+        # The end of the turn is no part of its text, and some formats look at what follows a call.
+        pieces = ["" if token in self.end_of_turn_ids else self._piece(token) for token in ids]
         # Decoding token by token can split a character into U+FFFDs; the markers are ASCII, so spans stay right.
         ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
         starts = ends - np.array([len(piece) for piece in pieces], dtype=np.int64)
@@ -151,6 +161,15 @@ class ChatRenderer:
         if not text.startswith(self._end_text):
             raise self._no_prefix_property(f"an assistant turn does not always end in {self._end_text!r}")
         return text.removeprefix(self._end_text)
+
+    def _refusals(self) -> dict[Role, ConfigError]:
+        refusals: dict[Role, ConfigError] = {}
+        for answer in _ANSWERS:
+            try:
+                self._continuation((answer,))
+            except ConfigError as exc:
+                refusals[answer.role] = exc
+        return refusals
 
     def _long_history(self) -> _History:
         """A history as unlike the short one as the template allows: some refuse system messages."""
@@ -203,13 +222,15 @@ class ChatRenderer:
         """A message as chat templates expect it."""
         plain: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.role == "tool":
+            # Some templates insist on an id of nine letters and digits, and none lets a student choose one.
+            plain["tool_call_id"] = _CALL_ID
             for control in self._control:
                 plain["content"] = plain["content"].replace(control, f"{control[0]} {control[1:]}")
         if message.name is not None:
             plain["name"] = message.name
         if message.tool_calls:
             plain["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                {"id": _CALL_ID, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in message.tool_calls
             ]
         return plain
@@ -221,7 +242,7 @@ class ChatRenderer:
         )
 
 
-def assistant_text(message: Message, codec: ToolCodec) -> str:
-    """An assistant message as the student has to write it: content and calls joined by newlines, no end token."""
-    parts = [message.content] if message.content else []
-    return "\n".join(parts + [codec.render(call) for call in message.tool_calls])
+def assistant_text(message: Message, codec: ToolCodec, tools: Sequence[ToolSchema] = ()) -> str:
+    """An assistant message as the student has to write it: content, newline, calls; no end token."""
+    calls = [codec.render(*message.tool_calls, tools=tools)] if message.tool_calls else []
+    return "\n".join(([message.content] if message.content else []) + calls)

@@ -93,6 +93,7 @@ class EpisodeRun:
     spec: EpisodeSpec
     actor: Actor
     options: RolloutOptions
+    tools: Sequence[ToolSchema] = ()
     prompt_ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
@@ -128,8 +129,8 @@ class EpisodeRun:
         context = EpisodeContext(self.spec.seed, random.Random(self.spec.seed), self.options.sandbox)
         messages = await self._environment("reset", env.reset(task, context))
         with self._attributed("tool_schemas"):
-            tools = self.spec.env_cls.tool_schemas(task)
-        self.prompt_ids = self.actor.open(messages, tools)
+            self.tools = self.spec.env_cls.tool_schemas(task)
+        self.prompt_ids = self.actor.open(messages, self.tools)
         token_ids = list(self.prompt_ids)
         for index in range(task.limits.max_turns):
             stop_reason = await self._act(index, token_ids)
@@ -165,7 +166,7 @@ class EpisodeRun:
         self.act_s += time.monotonic() - started
         if act is None:
             return StopReason.MAX_TURNS
-        calls, malformed = self.actor.codec.parse(act.text)
+        calls, malformed = self.actor.codec.parse(act.text, self.tools)
         self.turns.append(
             Turn(
                 token_ids=act.token_ids,

@@ -36,10 +36,12 @@ class _Script:
 
     def __init__(self, turns: Sequence[Message], codec: ToolCodec, renderer: ChatRenderer | None) -> None:
         self.codec = codec
-        self._texts = [assistant_text(turn, codec) for turn in turns]
+        self._turns = turns
+        self._texts: list[str] = []
         self._renderer = renderer
 
     def open(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> list[int]:
+        self._texts = [assistant_text(turn, self.codec, tools) for turn in self._turns]
         return self._renderer.open(messages, tools) if self._renderer else []
 
     def observe(self, messages: Sequence[Message]) -> list[int]:

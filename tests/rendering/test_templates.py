@@ -243,3 +243,34 @@ def test_a_template_without_system_messages_is_fine(make_tokenizer: MakeTokenize
     refuses = "{%- if messages[0].role == 'system' %}{{ raise_exception('no system') }}{%- endif %}" + CHATML
     chat = renderer(make_tokenizer, refuses)
     assert shown(chat, chat.observe([tool("x")])).startswith("\n<|im_start|>tool\nx")
+
+
+# --- the families people use -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "result"),
+    [
+        ("qwen3", "\n<|im_start|>user\n<tool_response>\n12\n</tool_response><|im_end|>\n<|im_start|>assistant\n"),
+        (
+            "llama3",
+            '<|start_header_id|>ipython<|end_header_id|>\n\n"12"<|eot_id|>'
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        ("mistral", '[TOOL_RESULTS] {"content": 12, "call_id": "call00000"}[/TOOL_RESULTS]'),
+    ],
+)
+def test_families_append_tool_results(chat_tokenizer: MakeTokenizer, family: str, result: str) -> None:
+    chat = ChatRenderer(chat_tokenizer(family), CODEC)
+    assert shown(chat, chat.observe([tool("12")])) == result
+    prompt = chat.open([Message(role="user", content="q")], STORE)
+    assert prompt.count(chat.tokenizer.bos_token_id) == (family != "qwen3")
+
+
+def test_a_template_that_moves_the_tools_appends_results_and_refuses_user_turns(chat_tokenizer: MakeTokenizer) -> None:
+    assert ChatRenderer(chat_tokenizer("qwen3"), CODEC).refusals == {}
+    assert ChatRenderer(chat_tokenizer("llama3"), CODEC).refusals == {}
+    chat = ChatRenderer(chat_tokenizer("mistral"), CODEC)
+    assert set(chat.refusals) == {"user"}
+    with pytest.raises(ConfigError, match=r"mistral-style.*depends on earlier messages"):
+        chat.observe([Message(role="user", content="go on")])
