@@ -119,6 +119,8 @@ class LearnerConfig(Section):
     """Padded tokens in one forward pass; sequences are bucketed by length."""
     epochs: int = Field(1, ge=1)
     """Optimiser passes over each batch."""
+    mini_batches: int = Field(1, ge=1)
+    """Optimiser steps that each pass is cut into; those after the first are slightly off-policy."""
     max_epoch_kl: float = Field(0.1, gt=0)
     """Stop further passes once mean |logprobs - old_logprobs| exceeds this."""
     zero_stage: Literal[0, 1, 2] = 0

@@ -28,11 +28,13 @@ from agentopd.learner.wide_head import wide_logprobs
 from agentopd.objective.compose import compute_loss
 from agentopd.objective.guidance import phi_sums
 from agentopd.objective.metrics import Sums, add_sums, means
-from agentopd.objective.microbatches import split_micro_batches
+from agentopd.objective.microbatches import deal_rows, split_micro_batches
 from agentopd.objective.phi import mean_of
 from agentopd.objective.streams import PER_TOKEN, Batch, Streams
 
 _TAG = "learner"
+Before = dict[str, Tensor]
+"""Fields of ``Streams`` that hold the policy before the update."""
 
 
 class _Scorer(nn.Module):
@@ -92,23 +94,25 @@ class DeepSpeedLearner:
         return self._engine.module.model
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Up to ``epochs`` optimiser passes over a batch; returns metrics reduced over ranks and micro-batches.
+        """Up to ``epochs`` passes of ``mini_batches`` optimiser steps each; returns metrics of the last pass.
 
-        Further passes stop once mean |logprobs - old_logprobs| exceeds ``max_epoch_kl``. A batch without a token on
-        any rank changes nothing. Raises ``InfraError`` if the loss is not finite, before the weights change.
+        Metrics are reduced over ranks and micro-batches. Further passes stop once mean |logprobs - old_logprobs|
+        exceeds ``max_epoch_kl``. A batch without a token on any rank changes nothing. Raises ``InfraError`` if the
+        loss is not finite, before the weights change.
         """
         if not runtime.all_reduce_max(batch.num_tokens):
             return {**batch.metrics, "learner/skipped": 1.0}
         blocks, progress = self.objective.at(self.progress), self.progress
-        micro_batches = self._micro_batches(batch)
+        dealt = deal_rows(batch, self.config.mini_batches)
+        mini_batches = [micros for micros in map(self._micro_batches, dealt) if micros]
         rate = self.rate_scale * scheduled_rate(self.config, self.steps_done, self.stretches)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        old = self._before(micro_batches, blocks)
+        old = self._before(mini_batches, blocks)
         metrics: dict[str, float] = {}
         passes = 0
         for _ in range(self.config.epochs):
-            metrics = self._one_pass(micro_batches, old, blocks, progress)
+            metrics = self._one_pass(mini_batches, old, blocks, progress)
             passes += 1
             if metrics["student/drift"] > self.config.max_epoch_kl:
                 break
@@ -162,39 +166,69 @@ class DeepSpeedLearner:
         return [micro.to(self.device) for micro in [*local, *[_filler(batch)] * missing]]
 
     @torch.no_grad()
-    def _before(self, micro_batches: Sequence[Batch], blocks: Blocks) -> list[dict[str, Tensor]]:
-        """What the loss reads of the policy before the update; nothing where the only pass measures it itself."""
-        if self.config.epochs == 1 and not blocks.needs_batch_statistics:
-            return [{} for _ in micro_batches]
-        scored = [self._engine.module(micro_batch, blocks) for micro_batch in micro_batches]
-        found = [{"old_logprobs_N": x[0], "old_topk_logprobs_NK": x[1]} for x in scored]
+    def _before(self, mini_batches: Sequence[Sequence[Batch]], blocks: Blocks) -> list[list[Before]]:
+        """What the loss reads of the policy before the update; nothing for micro-batches that measure it themselves."""
+        nothing: list[list[Before]] = [[{} for _ in micros] for micros in mini_batches]
+        # The first update of the only pass sees the policy as it was.
+        start = 1 if self.config.epochs == 1 and not blocks.needs_batch_statistics else 0
+        later = list(mini_batches[start:])
+        if not later:
+            return nothing
+        scored = [[self._engine.module(micro, blocks) for micro in micros] for micros in later]
+        found: list[list[Before]] = [
+            [{"old_logprobs_N": x[0], "old_topk_logprobs_NK": x[1]} for x in some] for some in scored
+        ]
         if blocks.needs_batch_statistics:
-            looks = zip(micro_batches, scored, strict=True)
+            looks = [
+                look for micros, some in zip(later, scored, strict=True) for look in zip(micros, some, strict=True)
+            ]
             sums = torch.stack([phi_sums(_streams(micro, values), blocks) for micro, values in looks]).sum(0)
             mean = mean_of(runtime.all_reduce(sums))
-            found = [{**values, "phi_mean": mean} for values in found]
-        return found
+            found = [[{**values, "phi_mean": mean} for values in some] for some in found]
+        return nothing[:start] + found
 
     def _one_pass(
-        self, micro_batches: Sequence[Batch], old: Sequence[dict[str, Tensor]], blocks: Blocks, progress: float
+        self,
+        mini_batches: Sequence[Sequence[Batch]],
+        old: Sequence[Sequence[Before]],
+        blocks: Blocks,
+        progress: float,
     ) -> dict[str, float]:
-        """One optimiser step over all micro-batches."""
-        ranks, skills = runtime.world_size(), micro_batches[0].skills
+        """One optimiser step for each mini-batch."""
         parts: dict[str, Tensor] = {}
         sums: Sums = {}
-        for index, (micro_batch, before) in enumerate(zip(micro_batches, old, strict=True)):
-            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            streams = _streams(micro_batch, self._engine(micro_batch, blocks))
-            output = compute_loss(replace(streams, progress=progress, **before), blocks)  # type: ignore[arg-type]
-            self._engine.backward(output.loss * ranks, scale_wrt_gas=False)
-            parts, sums = add_sums(parts, output.parts), add_sums(sums, output.sums)
-        metrics = self._reduced(parts, sums, skills)
-        if not math.isfinite(metrics["loss/total"]):
-            raise InfraError(f"the loss of step {self.steps_done} is not finite: {metrics}")
-        norm = self._plain_grad_norm()
-        self._engine.step()
-        metrics["learner/grad_norm"] = float(self._engine.get_global_grad_norm() if norm is None else norm)
+        norms = []
+        for micros, before in zip(mini_batches, old, strict=True):
+            found, counted = self._backward(micros, before, blocks, progress, scale=len(mini_batches))
+            self._check_finite(found)
+            norm = self._plain_grad_norm()
+            self._engine.step()
+            norms.append(float(self._engine.get_global_grad_norm() if norm is None else norm))
+            parts, sums = add_sums(parts, found), add_sums(sums, counted)
+        metrics = self._reduced(parts, sums, mini_batches[0][0].skills)
+        metrics["learner/grad_norm"] = sum(norms) / len(norms)
         return metrics
+
+    def _backward(
+        self, micros: Sequence[Batch], before: Sequence[Before], blocks: Blocks, progress: float, scale: int
+    ) -> tuple[dict[str, Tensor], Sums]:
+        """Gradients of one mini-batch; ``scale`` makes up for the share of the batch's tokens that it holds."""
+        parts: dict[str, Tensor] = {}
+        sums: Sums = {}
+        for index, (micro_batch, known) in enumerate(zip(micros, before, strict=True)):
+            self._engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
+            streams = _streams(micro_batch, self._engine(micro_batch, blocks))
+            output = compute_loss(replace(streams, progress=progress, **known), blocks)  # type: ignore[arg-type]
+            self._engine.backward(output.loss * (scale * runtime.world_size()), scale_wrt_gas=False)
+            parts, sums = add_sums(parts, output.parts), add_sums(sums, output.sums)
+        return parts, sums
+
+    def _check_finite(self, parts: dict[str, Tensor]) -> None:
+        """On all ranks alike."""
+        total = runtime.all_reduce(torch.stack(list(parts.values())).sum().double())
+        if not math.isfinite(float(total)):
+            found = {name: float(value) for name, value in parts.items()}
+            raise InfraError(f"the loss of step {self.steps_done} is not finite: {found}")
 
     def _reduced(self, parts: dict[str, Tensor], sums: Sums, skills: tuple[str, ...]) -> dict[str, float]:
         """Everything a pass measured, summed over ranks in one message."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from agentopd.objective.streams import Batch
 
 
@@ -24,3 +26,16 @@ def bucket_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]
 def split_micro_batches(batch: Batch, max_tokens: int) -> list[Batch]:
     """Cut a batch into micro-batches of at most ``max_tokens`` padded tokens; a row is never split."""
     return [batch.select_rows(rows) for rows in bucket_by_length(batch.lengths_B.tolist(), max_tokens)]
+
+
+def deal_rows(batch: Batch, parts: int) -> list[Batch]:
+    """Deal a batch's rows into ``parts`` mini-batches, each with its share of every skill; some may be empty.
+
+    Copies of one prompt lie side by side and so go to different mini-batches.
+    """
+    if parts == 1:
+        return [batch]
+    skill_B = torch.zeros(batch.num_rows, dtype=torch.int64)
+    skill_B[batch.row_N] = batch.skill_N
+    order = torch.argsort(skill_B, stable=True).tolist()
+    return [batch.select_rows(sorted(order[part::parts])) for part in range(parts)]

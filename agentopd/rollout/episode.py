@@ -166,7 +166,8 @@ class EpisodeRun:
         self.act_s += time.monotonic() - started
         if act is None:
             return StopReason.MAX_TURNS
-        calls, malformed = self.actor.codec.parse(act.text, self.tools)
+        codec = self.actor.codec
+        calls, malformed = codec.parse(act.text, self.tools)
         self.turns.append(
             Turn(
                 token_ids=act.token_ids,
@@ -175,7 +176,7 @@ class EpisodeRun:
                 token_ends=act.token_ends,
                 tool_calls=calls,
                 malformed=malformed,
-                call_spans=call_spans(act.text, self.actor.codec, len(calls), len(malformed)),
+                call_spans=call_spans(act.text, codec, len(calls), len(malformed), self.tools),
                 finish_reason=act.finish_reason,
                 weight_version=act.weight_version,
             )

@@ -42,6 +42,21 @@ class ToolCodec(Protocol):
         ...
 
 
+def call_spans(
+    text: str, codec: ToolCodec, num_calls: int, num_malformed: int, tools: Sequence[ToolSchema] = ()
+) -> tuple[tuple[int, int], ...]:
+    """Character ranges of a turn's calls, then of its malformed calls; () if the codec's ranges do not tell."""
+    spans = codec.spans(text)
+    if len(spans) != num_calls + num_malformed:
+        return ()
+    if not num_malformed:
+        return tuple(spans)
+    # A call can be malformed by where it stands (too many, an unclosed think block); those come last.
+    calls = [span for span in spans if codec.parse(text[slice(*span)], tools)[0]][:num_calls]
+    rest = [span for span in spans if span not in calls]
+    return (*calls, *rest) if len(calls) == num_calls else ()
+
+
 @dataclass(frozen=True)
 class Found:
     """One stretch of text that holds calls, or, with a ``reason``, none that can be carried out."""
