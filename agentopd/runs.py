@@ -108,8 +108,9 @@ class Run:
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
         streams = {name: TaskStream(skill.env, skill.config, config.seed) for name, skill in skills.items()}
         mixture = Mixture(streams, config.suite.skills, config.replay)
-        learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps)
-        return cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, policy.classify())
+        learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps, teachers.heads())
+        classify = policy.classify(segments=any(x.masks.suffix != "off" for x in config.objective.every_stage()))
+        return cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, classify)
 
     @property
     def progress(self) -> float:
