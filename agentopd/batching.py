@@ -6,8 +6,8 @@ leaves the batch; an unknown verdict leaves the verifier's term and is neutral t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,27 +15,55 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from agentopd.config.objective import ObjectiveConfig
-from agentopd.config.objective_blocks import CalibratedRouter, GroupAdvantage
-from agentopd.config.objective_data import GoldNLL
+from agentopd.config.objective import Blocks
+from agentopd.config.objective_blocks import AbsoluteAdvantage, CandidatesPG, GroupAdvantage, RubricAdvantage
+from agentopd.config.objective_data import TeacherForwardKL
 from agentopd.contracts import Evidence, ScoredEpisode
 from agentopd.errors import ConfigError, TeacherError
-from agentopd.objective.advantages import group_advantages
-from agentopd.objective.masks import ClassifyTokens, hidden_tail
+from agentopd.objective.advantages import absolute_advantages, group_advantages
+from agentopd.objective.candidates import candidate_table
+from agentopd.objective.masks import ClassifyTokens, TokenClasses, hidden_tail, num_kept
 from agentopd.objective.microbatches import split_micro_batches
-from agentopd.objective.streams import AllReduce, Batch, single_process
+from agentopd.objective.repetition import looping_tail
+from agentopd.objective.streams import Batch
+from agentopd.objective.suffix import fade_from, margins
+from agentopd.objective.support import overlap
 from agentopd.types import StopReason
 
 __all__ = ["build_batch", "split_micro_batches", "verdict_signs"]
 
-COUNTERS = ("episodes", "unjudged", "env_error", "no_evidence", "truncated_dropped", "empty", "rows", "tokens")
+MASKED = ("masked_special", "masked_repetition", "masked_suffix")
+COUNTERS = (
+    *("episodes", "unjudged", "env_error", "no_evidence", "truncated_dropped", "empty", "rows", "anchors", "tokens"),
+    *MASKED,
+)
 INTEGERS = ("position_N", "turn_N", "skill_N")
 PARTS = ("teacher_part_N", "verifier_part_N", "anchor_part_N", "reference_part_N")
-FLAGS = ("special_N", "span_N", *PARTS)
-FLOATS = ("rollout_logprobs_N", "teacher_logprobs_N", "ref_logprobs_N", "advantage_N", "sigma_N")
+FLAGS = ("policy_N", "special_N", "span_N", *PARTS)
+FLOATS = ("rollout_logprobs_N", "teacher_logprobs_N", "ref_logprobs_N", "overlap_N", "advantage_N", "sigma_N")
 DTYPES = {**dict.fromkeys(INTEGERS, np.int64), **dict.fromkeys(FLAGS, np.bool_), **dict.fromkeys(FLOATS, np.float32)}
 
 Array = npt.NDArray[Any]
+
+AllReduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the data-parallel ranks and returns the sum."""
+
+
+def single_process(tensor: Tensor) -> Tensor:
+    """The all-reduce of one process: the identity."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class _Views:
+    """What teacher and reference said of one episode's n sampled tokens, neutral where nothing supervises."""
+
+    teacher: Array
+    ref: Array
+    overlap: Array
+    topk_ids: Array
+    topk_logprobs: Array
+    hidden: Array
 
 
 @dataclass(frozen=True)
@@ -46,13 +74,15 @@ class _Row:
     truncated: bool
     streams: dict[str, Array]
     """Keyed by field of ``Batch``, shape (n,); ``*_part_N`` flag the tokens taking part in a component."""
-    topk_ids: Array
-    topk_logprobs: Array
+    views: _Views
+    teacher: str
+    masked: dict[str, int] = field(default_factory=dict)
+    """Tokens that each mask took from the teacher term."""
 
 
 def build_batch(
     scored: Sequence[ScoredEpisode],
-    objective: ObjectiveConfig,
+    objective: Blocks,
     shares: Mapping[str, float],
     token_classes: ClassifyTokens,
     pad_id: int,
@@ -79,8 +109,10 @@ def build_batch(
         else:
             rows.append(_row(item, objective, token_classes, advantage, skills.index(item.episode.skill)))
     counts["rows"], counts["tokens"] = len(rows), sum(len(row.streams["position_N"]) for row in rows)
+    counts["anchors"] = sum(not row.streams["policy_N"][0] for row in rows)
+    counts |= {name: sum(row.masked.get(name, 0) for row in rows) for name in MASKED}
     batch, parts_CN = _stack(rows, skills, pad_id)
-    counts_CS = all_reduce(_skill_counts(parts_CN, batch))
+    counts_CS = all_reduce(_skill_counts(parts_CN, batch, objective.masks.entropy_top_ratio))
     metrics = _reduced(counts, all_reduce)
     if objective.needs_teacher and metrics["batch/episodes"] and not counts_CS[0].any():
         raise TeacherError(f"the teacher has no token to act on in this batch: {metrics}")
@@ -92,29 +124,36 @@ def _reduced(counts: Mapping[str, int], all_reduce: AllReduce) -> dict[str, floa
     return {f"batch/{name}": total for name, total in zip(COUNTERS, totals, strict=True)}
 
 
-def _advantages(scored: Sequence[ScoredEpisode], objective: ObjectiveConfig) -> list[float]:
-    if not isinstance(objective.verifier, GroupAdvantage):
+def _advantages(scored: Sequence[ScoredEpisode], objective: Blocks) -> list[float]:
+    known = [not item.anchor and item.episode.stop_reason is not StopReason.ENV_ERROR for item in scored]
+    if isinstance(objective.verifier, AbsoluteAdvantage):
+        return absolute_advantages([x.verdict.outcome if ok else None for x, ok in zip(scored, known, strict=True)])
+    if not isinstance(objective.verifier, GroupAdvantage | RubricAdvantage):
         return [0.0] * len(scored)
-    rewards = [None if item.episode.stop_reason is StopReason.ENV_ERROR else item.verdict.reward for item in scored]
+    rewards = [item.verdict.reward if ok else None for item, ok in zip(scored, known, strict=True)]
     groups = [item.episode.group_id or item.episode.id for item in scored]
     return group_advantages(rewards, groups, objective.verifier.normalise_std)
 
 
-def _reason_to_leave_out(item: ScoredEpisode, objective: ObjectiveConfig) -> str:
+def _reason_to_leave_out(item: ScoredEpisode, objective: Blocks) -> str:
     """The counter an episode without any weight goes to; '' where it trains."""
     if item.episode.stop_reason is StopReason.ENV_ERROR:
         return "env_error"
-    if item.evidence is None and (objective.needs_teacher or objective.needs_reference):
+    read = isinstance(objective.anchor, TeacherForwardKL) if item.anchor else _reads_evidence(objective)
+    if item.evidence is None and read:
         return "no_evidence"
     if item.episode.stop_reason.truncated and objective.masks.truncated == "drop":
         return "truncated_dropped"
     return "" if item.episode.num_sampled else "empty"
 
 
-def _row(
-    item: ScoredEpisode, objective: ObjectiveConfig, token_classes: ClassifyTokens, advantage: float, skill: int
-) -> _Row:
-    episode = item.episode
+def _reads_evidence(objective: Blocks) -> bool:
+    on_its_own = objective.source.kind == "teacher" and isinstance(objective.anchor, TeacherForwardKL)
+    return objective.needs_teacher or objective.needs_reference or on_its_own
+
+
+def _row(item: ScoredEpisode, objective: Blocks, token_classes: ClassifyTokens, advantage: float, skill: int) -> _Row:
+    episode, policy = item.episode, not item.anchor
     turn_ids = np.array(episode.turn_ids)
     position = np.flatnonzero(turn_ids >= 0)
     if position[0] == 0:
@@ -122,40 +161,72 @@ def _row(
     n = len(position)
     classes = [token_classes(turn.token_ids) for turn in episode.turns]
     special = np.array([flag for found in classes for flag in found.special], dtype=bool)
-    part = np.full(n, objective.needs_teacher)
-    if objective.masks.special_tokens:
-        part &= ~special
-    if episode.stop_reason.truncated and objective.masks.truncated == "mask_tail":
-        part[n - hidden_tail(n) :] = False
-    teacher, ref, topk_ids, topk_logprobs = _evidence_streams(item, objective, part)
-    judged = item.verdict.outcome is not None and isinstance(objective.verifier, GroupAdvantage)
+    part, masked = _teacher_part(item, objective, classes, special)
+    anchored = objective.anchor.kind != "none" and (item.anchor or objective.source.kind in ("gold", "teacher"))
+    views = _views(item, objective, part, anchored and isinstance(objective.anchor, TeacherForwardKL))
+    judged = item.verdict.outcome is not None and objective.verifier.kind != "none"
     streams = {
         "position_N": position,
         "turn_N": turn_ids[position],
         "skill_N": np.full(n, skill),
         "rollout_logprobs_N": np.array([x for turn in episode.turns for x in turn.rollout_logprobs]),
-        "teacher_logprobs_N": teacher,
-        "ref_logprobs_N": ref,
+        "teacher_logprobs_N": views.teacher,
+        "ref_logprobs_N": views.ref,
+        "overlap_N": views.overlap,
         "advantage_N": np.full(n, advantage),
         "sigma_N": verdict_signs(item, objective),
+        "policy_N": np.full(n, policy),
         "special_N": special,
         "span_N": np.array([flag for found in classes for flag in found.in_span], dtype=bool),
         "teacher_part_N": part,
-        "verifier_part_N": np.full(n, judged),
-        "anchor_part_N": np.full(n, isinstance(objective.anchor, GoldNLL)),
-        "reference_part_N": np.full(n, objective.needs_reference),
+        "verifier_part_N": np.full(n, policy and judged),
+        "anchor_part_N": np.full(n, anchored),
+        "reference_part_N": np.full(n, policy and objective.reference.kl_coef > 0),
     }
     input_ids = episode.token_ids[: position[-1] + 1]
-    return _Row(input_ids, episode.stop_reason.truncated, streams, topk_ids, topk_logprobs)
+    teacher = item.evidence.teacher if item.evidence is not None else ""
+    return _Row(input_ids, episode.stop_reason.truncated, streams, views, teacher, masked)
 
 
-def verdict_signs(item: ScoredEpisode, objective: ObjectiveConfig) -> Array:
+def _teacher_part(
+    item: ScoredEpisode, objective: Blocks, classes: Sequence[TokenClasses], special: Array
+) -> tuple[Array, dict[str, int]]:
+    """The tokens of the teacher term (n,), and how many each mask took from it."""
+    episode, masks, n = item.episode, objective.masks, len(special)
+    part, masked = np.full(n, objective.needs_teacher and not item.anchor), {}
+    if masks.special_tokens:
+        masked["masked_special"] = int((part & special).sum())
+        part &= ~special
+    if episode.stop_reason.truncated and masks.truncated == "mask_tail":
+        part[n - hidden_tail(n) :] = False
+    if masks.repetition == "mask":
+        loop = n - looping_tail(episode.turns[-1].token_ids)
+        masked["masked_repetition"] = int(part[loop:].sum())
+        part[loop:] = False
+    if masks.suffix == "bic" and part.any():
+        if item.evidence is None or item.evidence.candidate_logprobs is None:
+            raise TeacherError(f"episode {episode.id!r}: no teacher log-probs of the student's candidates")
+        fade = fade_from(margins(item.evidence.candidate_logprobs), _segments(classes), masks.suffix_min_keep)
+        masked["masked_suffix"] = int(part[fade:].sum())
+        part[fade:] = False
+    return part, masked
+
+
+def _segments(classes: Sequence[TokenClasses]) -> Array:
+    """Segment number of every sampled token: its turn, or its sentence where there is one turn only."""
+    if len(classes) == 1 and classes[0].ends_segment:
+        ends = np.array(classes[0].ends_segment, dtype=np.int64)
+        return np.cumsum(ends) - ends
+    return np.repeat(np.arange(len(classes)), [len(found.special) for found in classes])
+
+
+def verdict_signs(item: ScoredEpisode, objective: Blocks) -> Array:
     """The verdict's sign per sampled token; a step's certificate overrides the episode's where the router uses it."""
     verdict, turns = item.verdict, item.episode.turns
     if verdict.outcome is None:
         return np.zeros(item.episode.num_sampled)
     sigma = [[2 * verdict.outcome - 1] * len(turn.token_ids) for turn in turns]
-    if isinstance(objective.router, CalibratedRouter) and objective.router.use_certificates:
+    if objective.uses_certificates:
         for certificate in verdict.certificates:
             steps = sigma[certificate.turn]
             end = len(steps) if certificate.end is None else min(certificate.end, len(steps))
@@ -163,25 +234,40 @@ def verdict_signs(item: ScoredEpisode, objective: ObjectiveConfig) -> Array:
     return np.array([value for steps in sigma for value in steps])
 
 
-def _evidence_streams(
-    item: ScoredEpisode, objective: ObjectiveConfig, part: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Teacher, reference, top-K ids and top-K log-probs, checked where they supervise and neutral elsewhere."""
+def _views(item: ScoredEpisode, objective: Blocks, part: Array, anchored: bool) -> _Views:
+    """Teacher and reference, checked where they supervise and neutral elsewhere."""
     evidence, n = item.evidence, len(part)
-    teacher, ref = np.zeros(n), np.zeros(n)
-    ids, topk = np.zeros((n, 0), np.int64), np.zeros((n, 0), np.float32)
-    if evidence is None:
-        return teacher, ref, ids, topk
+    zeros, no_ids, no_hidden = np.zeros(n), np.zeros((n, 0), np.int64), np.zeros((n, 0), np.float32)
+    if evidence is None or (item.anchor and not anchored):
+        return _Views(zeros, zeros, zeros, no_ids, no_hidden, no_hidden)
     who = f"teacher {evidence.teacher!r} on episode {item.episode.id!r}"
-    if objective.needs_teacher:
-        teacher = _finite(evidence.teacher_logprobs, part, who)
+    teacher = _finite(evidence.teacher_logprobs, part, who) if part.any() else zeros
+    ids, topk, shared = no_ids, no_hidden, zeros
     if objective.top_k:
-        ids, topk = _topk_streams(evidence, part, who)
-    if objective.needs_reference:
-        if evidence.ref_logprobs is None:
-            raise TeacherError(f"{who}: no reference log-probs, but objective.reference.kl_coef is on")
-        ref = _finite(evidence.ref_logprobs, np.ones(n, dtype=bool), f"reference policy on episode {item.episode.id!r}")
-    return teacher, ref, ids, topk
+        ids, topk = _topk_streams((evidence.topk_ids, evidence.topk_logprobs), part | anchored, who)
+    if objective.student_top_k and part.any():
+        chosen = _topk_streams((evidence.candidate_ids, evidence.candidate_logprobs), part, who)
+        if objective.top_k:
+            shared = overlap(torch.from_numpy(chosen[0]), torch.from_numpy(ids)).numpy()
+        if isinstance(objective.divergence, CandidatesPG):
+            ids, topk = candidate_table((ids, topk), chosen, objective.divergence.support)
+    hidden = no_hidden
+    if objective.needs_full_vocabulary and objective.alignment.kind == "same" and part.any():
+        if evidence.hidden is None or len(evidence.hidden) != n:
+            raise TeacherError(f"{who}: whole distributions are compared, and it gave no hidden states for {n} tokens")
+        hidden = evidence.hidden
+    return _Views(teacher, _reference(evidence, objective, n, item), shared, ids, topk, hidden)
+
+
+def _reference(evidence: Evidence, objective: Blocks, n: int, item: ScoredEpisode) -> Array:
+    if not objective.needs_reference or item.anchor:
+        return np.zeros(n)
+    if evidence.ref_logprobs is None:
+        raise TeacherError(
+            f"teacher {evidence.teacher!r} on episode {item.episode.id!r}: no reference log-probs, but "
+            "objective.reference.kl_coef or an extrapolation is on"
+        )
+    return _finite(evidence.ref_logprobs, np.ones(n, dtype=bool), f"reference policy on episode {item.episode.id!r}")
 
 
 def _finite(logprobs: Array, part: Array, who: str) -> Array:
@@ -194,9 +280,9 @@ def _finite(logprobs: Array, part: Array, who: str) -> Array:
     return np.where(part, logprobs, 0.0)
 
 
-def _topk_streams(evidence: Evidence, part: Array, who: str) -> tuple[Array, Array]:
-    """Top-K ids and log-probs; -inf marks a slot the teacher left unused, and every slot of unsupervised tokens."""
-    ids, logprobs = evidence.topk_ids, evidence.topk_logprobs
+def _topk_streams(given: tuple[Array | None, Array | None], part: Array, who: str) -> tuple[Array, Array]:
+    """Top-K (or candidate) ids and log-probs; -inf marks unused slots, and every slot of unsupervised tokens."""
+    ids, logprobs = given
     if ids is None or logprobs is None or ids.shape != logprobs.shape or ids.shape[0] != len(part):
         raise TeacherError(f"{who}: top-K evidence is missing or does not fit {len(part)} sampled tokens")
     kept = np.where(part[:, None], logprobs, -np.inf)
@@ -220,7 +306,7 @@ def _stack(rows: Sequence[_Row], skills: tuple[str, ...], pad_id: int) -> tuple[
         for name, dtype in DTYPES.items()
     }
     parts_CN = torch.stack([stacked.pop(name) for name in PARTS])
-    width = max((row.topk_ids.shape[1] for row in rows), default=0)
+    teachers = tuple(sorted({row.teacher for row in rows}))
     zeros_N = torch.zeros(len(row_N))
     batch = Batch(
         skills=skills,
@@ -229,8 +315,11 @@ def _stack(rows: Sequence[_Row], skills: tuple[str, ...], pad_id: int) -> tuple[
         truncated_B=torch.tensor([row.truncated for row in rows], dtype=torch.bool),
         row_N=row_N,
         target_N=input_ids_BT[row_N, stacked["position_N"]],
-        teacher_topk_ids_NK=_slots([row.topk_ids for row in rows], width, 0, np.int64),
-        teacher_topk_logprobs_NK=_slots([row.topk_logprobs for row in rows], width, -np.inf, np.float32),
+        teachers=teachers,
+        teacher_N=torch.tensor([teachers.index(row.teacher) for row in rows], dtype=torch.int64)[row_N],
+        teacher_topk_ids_NK=_slots([row.views.topk_ids for row in rows], 0, np.int64),
+        teacher_topk_logprobs_NK=_slots([row.views.topk_logprobs for row in rows], -np.inf, np.float32),
+        teacher_hidden_NG=_slots([row.views.hidden for row in rows], 0, np.float32),
         teacher_scale_N=zeros_N,
         verifier_scale_N=zeros_N,
         anchor_scale_N=zeros_N,
@@ -240,16 +329,26 @@ def _stack(rows: Sequence[_Row], skills: tuple[str, ...], pad_id: int) -> tuple[
     return batch, parts_CN
 
 
-def _slots(tables: Sequence[Array], width: int, unused: float, dtype: type[np.generic]) -> Tensor:
-    """Tables of (n, k <= width) stacked to (N, width); teachers may differ in K."""
+def _slots(tables: Sequence[Array], unused: float, dtype: type[np.generic]) -> Tensor:
+    """Tables of (n, k) stacked to (N, widest k); teachers may differ in K."""
+    width = max((table.shape[1] for table in tables), default=0)
     padded = [np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=unused) for x in tables]
     return torch.from_numpy(np.concatenate([np.zeros((0, width)), *padded]).astype(dtype))
 
 
-def _skill_counts(parts_CN: Tensor, batch: Batch) -> Tensor:
-    """Tokens of each skill taking part in each component (C, S)."""
+def _skill_counts(parts_CN: Tensor, batch: Batch, entropy_top_ratio: float | None) -> Tensor:
+    """Tokens of each skill taking part in each component (C, S).
+
+    The entropy mask keeps a known number of each episode's tokens, but only the learner sees which: a token that may be
+    kept counts for its share of them.
+    """
+    counted_CN = parts_CN.double()
+    if entropy_top_ratio is not None and batch.num_rows:
+        sizes_B = torch.bincount(batch.row_N[parts_CN[0]], minlength=batch.num_rows).tolist()
+        share_B = torch.tensor([num_kept(n, entropy_top_ratio) / max(n, 1) for n in sizes_B], dtype=torch.float64)
+        counted_CN[0] *= share_B[batch.row_N]
     zeros_CS = torch.zeros(len(PARTS), len(batch.skills), dtype=torch.float64)
-    return zeros_CS.index_add(1, batch.skill_N, parts_CN.double())
+    return zeros_CS.index_add(1, batch.skill_N, counted_CN)
 
 
 def _scales(batch: Batch, parts_CN: Tensor, counts_CS: Tensor, shares: Mapping[str, float]) -> dict[str, Any]:

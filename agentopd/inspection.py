@@ -10,7 +10,7 @@ import torch
 
 from agentopd.batching import verdict_signs
 from agentopd.contracts import ScoredEpisode
-from agentopd.objective.calibration import agreement, router_weight
+from agentopd.objective.routers import shown_weight
 from agentopd.runs import Run
 from agentopd.tracking import KeptEpisode
 from agentopd.types import Task
@@ -51,7 +51,7 @@ def inspected(run: Run, item: ScoredEpisode, tasks: Mapping[str, Task]) -> KeptE
         rollout = np.array([value for turn in episode.turns for value in turn.rollout_logprobs])
         delta = torch.tensor(evidence.teacher_logprobs - rollout)
         sigma = torch.from_numpy(verdict_signs(item, run.blocks)).to(delta)
-        weight = router_weight(run.blocks.router, agreement(sigma, delta))
+        weight = shown_weight(run.blocks.router, sigma, delta)
         weights = tuple(0.0 if reason else float(value) for value, reason in zip(weight, reasons, strict=True))
     decode = run.policy.tokenizer.decode
     return KeptEpisode(

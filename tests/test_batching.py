@@ -12,8 +12,8 @@ from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.contracts import Evidence, ScoredEpisode
 from agentopd.errors import ConfigError, TeacherError
-from agentopd.objective.masks import token_classifier
 from agentopd.types import Episode, StepCertificate, StopReason, Turn, Verdict, VerdictStatus
+from tests.token_classes import token_classifier
 
 END, OPEN, CLOSE, PAD = 2, 5, 6, 0
 CLASSES = token_classifier({END}, OPEN, CLOSE)

@@ -18,10 +18,10 @@ from agentopd.config.presets import PRESETS
 from agentopd.contracts import Evidence, ScoredEpisode
 from agentopd.learner.head import head_logprobs, hidden_states, output_head
 from agentopd.objective.compose import compute_loss
-from agentopd.objective.masks import token_classifier
 from agentopd.objective.streams import Streams
 from agentopd.teachers.local import LocalTeacher
 from agentopd.types import Episode, StopReason, Turn, Verdict, VerdictStatus
+from tests.token_classes import token_classifier
 
 VOCAB, END = 64, 2
 PATH = Path(__file__).parents[1] / "examples" / "minimal.py"

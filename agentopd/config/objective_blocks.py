@@ -65,6 +65,12 @@ class TopKForwardKL(_TopK):
 
     kind: Literal["topk_fkl"] = "topk_fkl"
 
+    @model_validator(mode="after")
+    def _no_sampled_correction(self) -> TopKForwardKL:
+        if self.tail == "sampled" and not self.renormalise:
+            raise ValueError("the sampled correction of a truncated sum is reverse KL's: renormalise, or use topk_rkl")
+        return self
+
 
 class FullReverseKL(Section):
     """Reverse KL(student || teacher) over the whole vocabulary; the teacher must be local."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from agentopd.config.base import Section
 from agentopd.config.objective_blocks import (
     AsymmetricRouter,
     CalibratedRouter,
     CertificateGate,
     Masks,
     OutcomeRouter,
-    Reference,
     SampledPG,
     SignGate,
-    Stabiliser,
     Weights,
 )
 from agentopd.config.objective_data import GoldNLL, TeacherAnchor
@@ -34,6 +33,8 @@ def complaints(blocks: Blocks) -> Iterator[str]:
     yield from _inputs(blocks)
     yield from _routing(blocks)
     yield from _without_effect(blocks)
+    if blocks.divergence.kind == blocks.anchor.kind == blocks.verifier.kind == "none" and not blocks.reference.kl_coef:
+        yield "the objective is empty: turn on divergence, verifier, anchor or reference"
 
 
 def _inputs(blocks: Blocks) -> Iterator[str]:
@@ -57,8 +58,6 @@ def _inputs(blocks: Blocks) -> Iterator[str]:
         yield f"source {source!r} takes no anchor: leave it out"
     if source == "offline" and (divergence != "sampled_pg" or blocks.verifier.kind not in ("none", "absolute")):
         yield "source 'offline' stores one rollout a prompt with sampled log-probs: it needs divergence 'sampled_pg'"
-    if divergence == anchor.kind == blocks.verifier.kind == "none" and blocks.reference.kl_coef == 0:
-        yield "the objective is empty: turn on divergence, verifier, anchor or reference"
     if blocks.alignment.kind != "same":
         wanted = {"simct": "full_rkl", "byte_offset": "jsd"}[blocks.alignment.kind]
         if divergence != wanted:
@@ -101,6 +100,9 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
         if getattr(found, key) != type(found).model_fields[key].default:
             yield f"{section}.{key} acts on the {term}, and this objective has none: leave it out"
     stabiliser, masks, weights, reference = blocks.stabiliser, blocks.masks, blocks.weights, blocks.reference
+    beside = isinstance(blocks.anchor, TeacherAnchor) and _moved(blocks.anchor, "prompt_share", "filter_correct")
+    if blocks.source.kind == "teacher" and beside:
+        yield "anchor.prompt_share and filter_correct choose rollouts beside the student's; here source decides"
     if stabiliser.phi == "off" and _moved(stabiliser, "phi_scale", "phi_target"):
         yield "stabiliser.phi_scale and phi_target belong to phi, which is 'off': leave them out"
     if stabiliser.phi != "off" and stabiliser.phi_target != "anchor" and not isinstance(blocks.divergence, SampledPG):
@@ -123,5 +125,5 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
         yield "verifier.coef is 0, and no router reads the advantage: set verifier 'none', or a coefficient"
 
 
-def _moved(section: Stabiliser | Masks | Weights | Reference, *keys: str) -> bool:
+def _moved(section: Section, *keys: str) -> bool:
     return any(getattr(section, key) != type(section).model_fields[key].default for key in keys)

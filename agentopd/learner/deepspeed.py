@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,30 +18,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agentopd.config.objective import ObjectiveConfig
+from agentopd.config.objective import Blocks, ObjectiveConfig
 from agentopd.config.run import LearnerConfig
 from agentopd.errors import ConfigError, InfraError
 from agentopd.learner import runtime
-from agentopd.learner.head import head_logprobs, hidden_states, output_head
+from agentopd.learner.head import Head, head_logprobs, hidden_states, output_head
 from agentopd.learner.schedule import learning_rate
+from agentopd.learner.wide_head import wide_logprobs
 from agentopd.objective.compose import compute_loss
+from agentopd.objective.guidance import phi_sums
 from agentopd.objective.metrics import Sums, add_sums, means
 from agentopd.objective.microbatches import split_micro_batches
-from agentopd.objective.streams import Batch, Streams
+from agentopd.objective.phi import mean_of
+from agentopd.objective.streams import PER_TOKEN, Batch, Streams
 
 _TAG = "learner"
 
 
 class _Scorer(nn.Module):
-    """The module DeepSpeed wraps: a micro-batch in, log-probs (N,) and top-K log-probs (N, K) out."""
+    """The module DeepSpeed wraps: a micro-batch in; log-probs (N,) and top-K log-probs (N, K) out.
 
-    def __init__(self, model: Any) -> None:
+    Where the objective reads whole distributions, divergence (N,) and entropy (N,) follow.
+    """
+
+    def __init__(self, model: Any, teacher_heads: Mapping[str, Head]) -> None:
         super().__init__()
         self.model = model
+        self._teacher_heads = dict(teacher_heads)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, objective: Blocks) -> tuple[Tensor, ...]:
         hidden_NH = hidden_states(self.model, batch.input_ids_BT, batch.row_N, batch.position_N)
-        return head_logprobs(hidden_NH, output_head(self.model), batch.target_N, batch.teacher_topk_ids_NK)
+        head = output_head(self.model)
+        if objective.needs_full_vocabulary or objective.needs_entropy:
+            return tuple(wide_logprobs(hidden_NH, head, batch, objective, self._teacher_heads))
+        return head_logprobs(hidden_NH, head, batch.target_N, batch.teacher_topk_ids_NK)
 
 
 class DeepSpeedLearner:
@@ -48,16 +59,29 @@ class DeepSpeedLearner:
 
     The same class runs alone in one process and as each rank of a launched job; every rank must call every method.
     The model is kept in eval mode: dropout would make the update's log-probs differ from the sampled policy's.
+    ``teacher_heads`` are the output heads of local teachers by name, for objectives on whole distributions.
     """
 
-    def __init__(self, model: Any, config: LearnerConfig, objective: ObjectiveConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: LearnerConfig,
+        objective: ObjectiveConfig,
+        total_steps: int,
+        teacher_heads: Mapping[str, Head] | None = None,
+    ) -> None:
         self.config = config
         self.objective = objective
         self.total_steps = total_steps
         self.steps_done = 0
         self._deepspeed = runtime.start()
-        self._engine = self._initialised(_Scorer(model.eval()))
+        self._engine = self._initialised(_Scorer(model.eval(), teacher_heads or {}))
         self.device = next(model.parameters()).device
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's steps that are done, in [0, 1]."""
+        return self.steps_done / self.total_steps
 
     @property
     def module(self) -> Any:
@@ -72,15 +96,16 @@ class DeepSpeedLearner:
         """
         if not runtime.all_reduce_max(batch.num_tokens):
             return {**batch.metrics, "learner/skipped": 1.0}
+        blocks, progress = self.objective.at(self.progress), self.progress
         micro_batches = self._micro_batches(batch)
         rate = learning_rate(self.config, self.steps_done, self.total_steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        old = [None] * len(micro_batches) if self.config.epochs == 1 else [self._score(x) for x in micro_batches]
+        old = self._before(micro_batches, blocks)
         metrics: dict[str, float] = {}
         passes = 0
         for _ in range(self.config.epochs):
-            metrics = self._one_pass(micro_batches, old, batch.skills)
+            metrics = self._one_pass(micro_batches, old, blocks, progress)
             passes += 1
             if metrics["student/drift"] > self.config.max_epoch_kl:
                 break
@@ -133,21 +158,30 @@ class DeepSpeedLearner:
         return [micro.to(self.device) for micro in [*local, *[_filler(batch)] * missing]]
 
     @torch.no_grad()
-    def _score(self, micro_batch: Batch) -> Tensor:
-        scored: tuple[Tensor, Tensor] = self._engine.module(micro_batch)
-        return scored[0]
+    def _before(self, micro_batches: Sequence[Batch], blocks: Blocks) -> list[dict[str, Tensor]]:
+        """What the loss reads of the policy before the update; nothing where the only pass measures it itself."""
+        if self.config.epochs == 1 and not blocks.needs_batch_statistics:
+            return [{} for _ in micro_batches]
+        scored = [self._engine.module(micro_batch, blocks) for micro_batch in micro_batches]
+        found = [{"old_logprobs_N": x[0], "old_topk_logprobs_NK": x[1]} for x in scored]
+        if blocks.needs_batch_statistics:
+            looks = zip(micro_batches, scored, strict=True)
+            sums = torch.stack([phi_sums(_streams(micro, values), blocks) for micro, values in looks]).sum(0)
+            mean = mean_of(runtime.all_reduce(sums))
+            found = [{**values, "phi_mean": mean} for values in found]
+        return found
 
     def _one_pass(
-        self, micro_batches: list[Batch], old: list[Tensor] | list[None], skills: tuple[str, ...]
+        self, micro_batches: Sequence[Batch], old: Sequence[dict[str, Tensor]], blocks: Blocks, progress: float
     ) -> dict[str, float]:
         """One optimiser step over all micro-batches."""
-        ranks = runtime.world_size()
+        ranks, skills = runtime.world_size(), micro_batches[0].skills
         parts: dict[str, Tensor] = {}
         sums: Sums = {}
-        for index, (micro_batch, old_N) in enumerate(zip(micro_batches, old, strict=True)):
+        for index, (micro_batch, before) in enumerate(zip(micro_batches, old, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            logprobs_N, topk_logprobs_NK = self._engine(micro_batch)
-            output = compute_loss(Streams(micro_batch, logprobs_N, topk_logprobs_NK, old_N), self.objective)
+            streams = _streams(micro_batch, self._engine(micro_batch, blocks))
+            output = compute_loss(replace(streams, progress=progress, **before), blocks)  # type: ignore[arg-type]
             self._engine.backward(output.loss * ranks, scale_wrt_gas=False)
             parts, sums = add_sums(parts, output.parts), add_sums(sums, output.sums)
         metrics = self._reduced(parts, sums, skills)
@@ -199,12 +233,18 @@ def _engine_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
     return settings
 
 
+def _streams(batch: Batch, scored: Sequence[Tensor]) -> Streams:
+    """The scorer's output as the loss reads it."""
+    divergence_N, entropy_N = scored[2:] if len(scored) > 2 else (None, None)
+    return Streams(batch, scored[0], scored[1], divergence_N=divergence_N, entropy_N=entropy_N)
+
+
 def _filler(batch: Batch) -> Batch:
     """A micro-batch of one token that weighs nothing, for a rank that has fewer micro-batches than another."""
     tokens: dict[str, Any] = {
         f.name: torch.zeros(1, *getattr(batch, f.name).shape[1:], dtype=getattr(batch, f.name).dtype)
         for f in fields(batch)
-        if f.name.endswith(("_N", "_NK"))
+        if f.name.endswith(PER_TOKEN)
     }
     tokens["position_N"] = torch.ones(1, dtype=torch.int64)
     return replace(

@@ -91,6 +91,11 @@ def chunk_size(head: Head) -> int:
     return max(MIN_CHUNK, CHUNK_LOGITS // head.weight.shape[0])
 
 
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
+    """Logits (N, V) in fp32."""
+    return _logits(hidden, head.weight, head.bias)
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(hidden, weight, bias).float()
 

@@ -1,4 +1,7 @@
-"""Group-relative advantage of the verifier's reward (GRPO), computed inside each prompt's group."""
+"""The verifier's advantage, one number per episode: relative to its prompt's group (GRPO), or absolute.
+
+A rubric's advantage (ROPD, arXiv 2605.07396) is the group-relative one of another reward, without the std.
+"""
 
 from __future__ import annotations
 
@@ -32,3 +35,16 @@ def group_advantages(
         for index, reward in zip(indices, known, strict=True):
             advantages[index] = (reward - mean) / scale
     return advantages
+
+
+def absolute_advantages(outcomes: Sequence[float | None]) -> list[float]:
+    """``2 s - 1`` of each episode's outcome, 0 where it is unknown: for prompts with a single episode."""
+    return [0.0 if outcome is None else 2 * outcome - 1 for outcome in outcomes]
+
+
+def rubric_score(weights: Sequence[float], met: Sequence[float]) -> float:
+    """``sum w v / sum w`` in [0, 1] of a rubric with criteria of weight ``w`` met to degree ``v`` (ROPD)."""
+    total = sum(weights)
+    if total <= 0:
+        raise ValueError(f"a rubric needs a positive total weight: {list(weights)}")
+    return sum(w * v for w, v in zip(weights, met, strict=True)) / total

@@ -1,40 +1,33 @@
-"""Blocks into one loss.
+"""Blocks into one loss: a sum of terms, each over all tokens of the batch with its own weights.
 
-    loss = PPO(eta_V A_V + eta_T w delta) TIS + eta_D w D(student, teacher) + c NLL(gold) + beta k2(student, reference)
+    loss = sum coef_D weight D(student, teacher)             loss/teacher
+         + PPO(coef_V A_V + coef_D weight delta) TIS         loss/policy_gradient
+         + alpha(step) NLL(gold or teacher trajectories)     loss/anchor
+         + kl_coef k2(student, reference)                    loss/reference
 
-The teacher enters either as an advantage (``sampled_pg``) or as a divergence (``topk_rkl``); in both cases its weight
-is router x span x step x cap x sequence budget, all detached. Source: algorithms.md, 12, 13.2, 13.3 and 13.6. The
-budget is taken on the capped pressure in both forms, so one token cannot use up its sequence's budget.
+A term whose block is off is left out. The teacher's weight is ``guidance``; its signal is an advantage for sampled
+policy gradients and a divergence elsewhere. Source: algorithms.md, 12, 13.3 and 13.6.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from agentopd.config.objective import Blocks as ObjectiveConfig
-from agentopd.config.objective_blocks import GroupAdvantage, SampledPG, TopKReverseKL
-from agentopd.config.objective_data import GoldNLL
+from agentopd.config.objective import Blocks, anchor_coef
+from agentopd.config.objective_blocks import NoAdvantage, SampledPG
+from agentopd.config.objective_data import TeacherForwardKL
 from agentopd.objective import metrics
-from agentopd.objective.anchors import gold_nll
-from agentopd.objective.calibration import agreement, router_weight
-from agentopd.objective.divergences import teacher_margin, topk_reverse_kl
+from agentopd.objective.anchors import anchor_forward_kl, gold_nll
+from agentopd.objective.guidance import Guidance, teacher_guidance
+from agentopd.objective.phi import chord
 from agentopd.objective.reference import k2
+from agentopd.objective.signals import TokenMetrics, common_signals, teacher_signals
 from agentopd.objective.streams import Streams
-from agentopd.objective.trust import (
-    MAX_LOG_RATIO,
-    budget_scale,
-    cap_scale,
-    importance_weight,
-    inside_trust_region,
-    ppo_surrogate,
-)
-from agentopd.objective.weights import span_weights, step_weights
-
-TokenMetrics = dict[str, tuple[Tensor, Tensor]]
-"""Name to the value of each token (N,) and the flag of the tokens it is a mean over (N,)."""
+from agentopd.objective.trust import accepted, importance_weight, inside_trust_region, ppo_surrogate
 
 
 @dataclass(frozen=True)
@@ -51,100 +44,100 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class TeacherTerm:
-    """The teacher's signal on each token (nats), its detached weight with the scale included, and its metrics."""
+class Term:
+    """One term of the loss (scalar), and what it measured."""
 
-    signal_N: Tensor
-    weight_N: Tensor
-    metrics: TokenMetrics
+    loss: Tensor
+    metrics: TokenMetrics = field(default_factory=dict)
 
 
-def compute_loss(streams: Streams, objective: ObjectiveConfig) -> LossOutput:
-    """Weighted sum of the objective's components over one micro-batch (scalar), with its parts and metrics.
+def compute_loss(streams: Streams, objective: Blocks) -> LossOutput:
+    """Sum of the objective's terms over one micro-batch (scalar), with its parts and metrics.
 
-    Pure: reads only its arguments. Gradient flows through ``logprobs_N`` and ``topk_logprobs_NK`` alone.
+    Pure: reads only its arguments. Gradient flows through ``logprobs_N``, ``topk_logprobs_NK`` and ``divergence_N``.
     """
-    batch = streams.batch
-    token_metrics = _common_metrics(streams, objective)
+    found = common_signals(streams, objective)
+    guidance = teacher_guidance(streams, objective) if objective.needs_teacher else None
+    if guidance is not None:
+        found |= teacher_signals(streams, objective, guidance)
     parts: dict[str, Tensor] = {}
-    advantage_N = torch.zeros_like(batch.advantage_N)
-    if isinstance(objective.verifier, GroupAdvantage):
-        advantage_N = objective.verifier.coef * batch.verifier_scale_N * batch.advantage_N
-    divergence = objective.divergence
-    if isinstance(divergence, SampledPG | TopKReverseKL):
-        term = _teacher_term(streams, objective)
-        token_metrics |= term.metrics
-        if isinstance(divergence, TopKReverseKL):
-            parts["loss/teacher"] = (divergence.coef * term.weight_N * term.signal_N).sum()
-        else:
-            advantage_N = advantage_N + divergence.coef * term.weight_N * term.signal_N
-    if isinstance(divergence, SampledPG) or isinstance(objective.verifier, GroupAdvantage):
-        parts["loss/policy_gradient"], found = _policy_gradient(streams, objective, advantage_N)
-        token_metrics |= found
-    if isinstance(objective.anchor, GoldNLL):
-        parts["loss/anchor"] = objective.anchor.coef * gold_nll(streams.logprobs_N, batch.anchor_scale_N)
-    if objective.reference.kl_coef > 0:
-        kl_N = k2(streams.logprobs_N, batch.ref_logprobs_N)
-        parts["loss/reference"] = objective.reference.kl_coef * (batch.reference_scale_N * kl_N).sum()
-        token_metrics["reference/kl"] = (kl_N, batch.reference_scale_N > 0)
+    for name, block in TERMS.items():
+        term = block(streams, objective, guidance)
+        if term is not None:
+            parts[name] = term.loss
+            found |= term.metrics
     loss = torch.stack(list(parts.values())).sum() if parts else streams.logprobs_N.sum() * 0.0
-    sums = metrics.token_sums(batch, token_metrics)
-    return LossOutput(loss, {name: part.detach() for name, part in parts.items()}, sums)
+    return LossOutput(
+        loss, {name: part.detach() for name, part in parts.items()}, metrics.token_sums(streams.batch, found)
+    )
 
 
-def _teacher_term(streams: Streams, objective: ObjectiveConfig) -> TeacherTerm:
-    batch, divergence = streams.batch, objective.divergence
-    part_N = batch.supervised_N
-    delta_N = teacher_margin(batch.teacher_logprobs_N, streams.old_N)
-    signal_N = delta_N
-    if isinstance(divergence, TopKReverseKL):
-        signal_N = topk_reverse_kl(streams.topk_logprobs_NK, batch.teacher_topk_logprobs_NK, divergence.tail)
-    agreement_N = agreement(batch.sigma_N, delta_N)
-    weight_N = router_weight(objective.router, agreement_N)
-    weight_N = weight_N * span_weights(batch.span_N, objective.weights.outside_span)
-    weight_N = weight_N * step_weights(delta_N, batch.row_N, batch.turn_N, part_N, objective.weights.step_delta)
-    cap_N = cap_scale(signal_N, objective.stabiliser.cap)
-    weight_N = weight_N * cap_N
-    pressure_N = (weight_N * signal_N.detach()).abs()
-    weight_N = weight_N * budget_scale(pressure_N, batch.row_N, part_N, objective.stabiliser.sequence_budget)
-    kl_N = signal_N if isinstance(divergence, TopKReverseKL) else -delta_N
-    found: TokenMetrics = {
-        "distill/reverse_kl": (kl_N, part_N),
-        "distill/weight": (weight_N, part_N),
-        "distill/cap_hit": (cap_N < 1, part_N),
-        "distill/agree": (agreement_N > 0, part_N),
-        "distill/conflict": (agreement_N < 0, part_N),
-        "distill/neutral": (agreement_N == 0, part_N),
-    }
-    return TeacherTerm(signal_N, (weight_N * batch.teacher_scale_N).detach(), found)
+def teacher_term(streams: Streams, objective: Blocks, guidance: Guidance | None) -> Term | None:
+    """The divergence on the tokens whose signal is one; None for pure policy gradients."""
+    if guidance is None or (isinstance(objective.divergence, SampledPG) and objective.router.kind != "asymmetric"):
+        return None
+    assert objective.divergence.kind != "none"
+    loss_N = objective.divergence.coef * (guidance.weight_N * guidance.scale_N) * guidance.signal_N
+    return Term(torch.where(guidance.as_advantage_N, 0.0, loss_N).sum())
 
 
-def _policy_gradient(streams: Streams, objective: ObjectiveConfig, advantage_N: Tensor) -> tuple[Tensor, TokenMetrics]:
-    batch, stabiliser, advantage_N = streams.batch, objective.stabiliser, advantage_N.detach()
+def policy_gradient(streams: Streams, objective: Blocks, guidance: Guidance | None) -> Term | None:
+    """The clipped surrogate of the verifier's and the teacher's summed advantages; None where there are neither."""
+    batch, stabiliser, verifier = streams.batch, objective.stabiliser, objective.verifier
+    if isinstance(verifier, NoAdvantage) and not isinstance(objective.divergence, SampledPG):
+        return None
+    advantage_N = torch.zeros_like(batch.advantage_N)
+    if not isinstance(verifier, NoAdvantage):
+        advantage_N = verifier.coef * batch.verifier_scale_N * batch.advantage_N
+    if guidance is not None and isinstance(objective.divergence, SampledPG):
+        pressed_N = objective.divergence.coef * (guidance.weight_N * guidance.scale_N) * guidance.signal_N.detach()
+        advantage_N = advantage_N + torch.where(guidance.as_advantage_N, pressed_N, 0.0)
+    advantage_N = advantage_N.detach()
     surrogate = ppo_surrogate(advantage_N, streams.logprobs_N, streams.old_N, stabiliser)
-    rollout_N = batch.rollout_logprobs_N
-    weight_N = importance_weight(streams.old_N, rollout_N, stabiliser.tis_cap)
-    trusted_N = inside_trust_region(advantage_N, streams.logprobs_N, rollout_N, stabiliser.max_prob_drop)
+    weight_N = importance_weight(streams.old_N, batch.rollout_logprobs_N, stabiliser.tis_cap)
+    trusted_N = inside_trust_region(
+        advantage_N, streams.logprobs_N, batch.rollout_logprobs_N, stabiliser.max_prob_drop
+    ) & accepted(streams.old_N, batch.rollout_logprobs_N, stabiliser.rejection)
     active_N = advantage_N != 0
     found: TokenMetrics = {
         "pg/clip_frac": (surrogate.clipped_N, active_N),
         "pg/dropped": (~trusted_N, active_N),
         "pg/importance_weight": (weight_N, active_N),
     }
-    return torch.where(trusted_N, surrogate.loss_N * weight_N, 0.0).sum(), found
+    return Term(torch.where(trusted_N, surrogate.loss_N * weight_N, 0.0).sum(), found)
 
 
-def _common_metrics(streams: Streams, objective: ObjectiveConfig) -> TokenMetrics:
-    batch, all_N = streams.batch, torch.ones_like(streams.batch.special_N)
-    found: TokenMetrics = {
-        "student/nll": (-streams.logprobs_N, all_N),
-        "student/drift": ((streams.logprobs_N.detach() - streams.old_N).abs(), all_N),
-    }
-    if objective.source.kind == "student":
-        # k3 of KL(rollout || learner) on rollout samples: at least 0, and 0 when engine and learner agree.
-        gap_N = (streams.old_N - batch.rollout_logprobs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        found["student/mismatch_kl"] = (gap_N.exp() - 1 - gap_N, all_N)
-    if objective.needs_teacher:
-        found["distill/coverage"] = (batch.supervised_N, all_N)
-        found["distill/masked_special"] = (batch.special_N & objective.masks.special_tokens, all_N)
-    return found
+def anchor_term(streams: Streams, objective: Blocks, guidance: Guidance | None) -> Term | None:
+    """The supervised term on gold or teacher trajectories, at the strength of this step."""
+    anchor, batch = objective.anchor, streams.batch
+    if anchor.kind == "none":
+        return None
+    if isinstance(anchor, TeacherForwardKL):
+        k = anchor.top_k
+        student_NK, teacher_NK = streams.topk_logprobs_NK[:, :k], batch.teacher_topk_logprobs_NK[:, :k]
+        loss = anchor_forward_kl(student_NK, teacher_NK, batch.anchor_scale_N)
+    else:
+        weighed = objective.stabiliser.phi != "off" and objective.stabiliser.phi_target != "pg"
+        scale_N = batch.anchor_scale_N * chord(streams.old_N) if weighed else batch.anchor_scale_N
+        loss = gold_nll(streams.logprobs_N, scale_N)
+    found: TokenMetrics = {"anchor/nll": (-streams.logprobs_N, batch.anchor_scale_N > 0)}
+    return Term(anchor_coef(anchor, streams.progress) * loss, found)
+
+
+def reference_pull(streams: Streams, objective: Blocks, guidance: Guidance | None) -> Term | None:
+    """The pull towards the frozen reference."""
+    if objective.reference.kl_coef == 0:
+        return None
+    batch = streams.batch
+    kl_N = k2(streams.logprobs_N, batch.ref_logprobs_N)
+    loss = objective.reference.kl_coef * (batch.reference_scale_N * kl_N).sum()
+    return Term(loss, {"reference/kl": (kl_N, batch.reference_scale_N > 0)})
+
+
+TERMS: dict[str, Callable[[Streams, Blocks, Guidance | None], Term | None]] = {
+    "loss/teacher": teacher_term,
+    "loss/policy_gradient": policy_gradient,
+    "loss/anchor": anchor_term,
+    "loss/reference": reference_pull,
+}
+"""Every term a loss can have. Which ones it has depends on the objective alone, so ranks agree on the names."""

@@ -1,21 +1,29 @@
-"""How far the student is from the teacher at each sampled token.
+"""How far the student is from the teacher at one token: kernels on log-probs, summed over whatever support there is.
 
-``sampled_pg`` reads one number a token, ``log p_T - log p_S`` of the token sampled: used as a policy-gradient
-advantage its expected gradient is that of the per-token reverse KL. ``topk_rkl`` reads the teacher's K most likely
-ids and differentiates the reverse KL on them exactly (Revisiting OPD, arXiv 2603.25562). Left out: forward KL and JSD.
+A kernel gives each id's share of a divergence; ``support`` says which ids there are. ``sampled_pg`` reads one number a
+token, ``log p_T - log p_S`` of the token sampled: used as a policy-gradient advantage its expected gradient is that of
+the per-token reverse KL, and so is that of ``k2_direct`` differentiated. Sources: GKD (arXiv 2306.13649) for the
+generalised JSD in TRL's convention; Revisiting OPD (arXiv 2603.25562) for the divergences on a support.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-UNUSED = -1e4
-"""Finite stand-in for a log-prob of -inf: its exponential is exactly 0 in fp32 and its gradient is no NaN."""
-TAIL_FLOOR = 1e-6
-"""Mass below which a tail is rounding: sums of fp32 probabilities are good to a few times 1e-7."""
+from agentopd.config.objective_blocks import (
+    Divergence,
+    FullForwardKL,
+    JensenShannon,
+    TopKForwardKL,
+    TopKReverseKL,
+)
+
+Kernel = Callable[[Tensor, Tensor], Tensor]
+"""Student's and teacher's log-probs of some ids to each id's share of the divergence, same shape, in nats."""
 
 
 def teacher_margin(teacher_logprobs_N: Tensor, old_logprobs_N: Tensor) -> Tensor:
@@ -23,27 +31,54 @@ def teacher_margin(teacher_logprobs_N: Tensor, old_logprobs_N: Tensor) -> Tensor
     return (teacher_logprobs_N - old_logprobs_N).detach()
 
 
-def topk_reverse_kl(student_NK: Tensor, teacher_NK: Tensor, tail: Literal["bucket", "none"]) -> Tensor:
-    """Reverse KL(student || teacher) on the teacher's support, in nats (N,); gradient flows to the student only.
+def k2_direct(logprobs_N: Tensor, teacher_logprobs_N: Tensor) -> Tensor:
+    """``0.5 (log p_S - log p_T)^2`` at the sampled token (N,): in expectation the gradient of the reverse KL."""
+    return 0.5 * (logprobs_N - teacher_logprobs_N).square()
 
-    Both inputs are full-vocabulary log-probs; slots where the teacher's is -inf are unused. ``bucket`` adds one bin
-    for all mass outside the support, so the value is a lower bound of the full KL and equals it at K = V. ``none``
-    renormalises both sides inside the support: mass outside it is then unconstrained.
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, clip: float | None = None) -> Tensor:
+    """``p (log p - log q)``: KL(student || teacher); ``clip`` clamps the log-ratio."""
+    return log_p.exp() * _clamped(log_p - log_q, clip)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, clip: float | None = None) -> Tensor:
+    """``q (log q - log p)``: KL(teacher || student); ``clip`` clamps the log-ratio."""
+    return log_q.exp() * _clamped(log_q - log_p, clip)
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """``beta KL(T || M) + (1 - beta) KL(S || M)``, ``M = beta T + (1 - beta) S``; 0 and 1 are forward and reverse KL.
+
+    Those two are special cases and not limits: towards them this divergence vanishes.
     """
-    used_NK = teacher_NK > -torch.inf
-    log_p_NK = torch.where(used_NK, student_NK.float(), UNUSED)
-    log_q_NK = torch.where(used_NK, teacher_NK.float(), UNUSED)
-    if tail == "none":
-        log_p_NK, log_q_NK = log_p_NK.log_softmax(-1), log_q_NK.log_softmax(-1)
-    terms_NK = torch.where(used_NK, log_p_NK.exp() * (log_p_NK - log_q_NK), 0.0)
-    inside_N = terms_NK.sum(-1)
-    if tail == "none":
-        return inside_N
-    log_p_tail_N, log_q_tail_N = log_tail(log_p_NK), log_tail(log_q_NK)
-    return inside_N + log_p_tail_N.exp() * (log_p_tail_N - log_q_tail_N)
+    if beta == 0:
+        return forward_kl(log_p, log_q)
+    if beta == 1:
+        return reverse_kl(log_p, log_q)
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    return beta * forward_kl(log_m, log_q) + (1 - beta) * reverse_kl(log_p, log_m)
 
 
-def log_tail(logprobs_NK: Tensor) -> Tensor:
-    """Log of the mass outside the support (N,), floored at ``TAIL_FLOOR``."""
-    log_mass_N = logprobs_NK.logsumexp(-1).clamp(max=-TAIL_FLOOR)
-    return torch.log(-torch.expm1(log_mass_N))
+def kernel(divergence: Divergence) -> Kernel:
+    """The kernel of a configured divergence."""
+    if isinstance(divergence, JensenShannon):
+        return lambda log_p, log_q: jensen_shannon(log_p, log_q, divergence.beta)
+    plain = forward_kl if isinstance(divergence, TopKForwardKL | FullForwardKL) else reverse_kl
+    clip = divergence.clip_log_ratio if isinstance(divergence, TopKForwardKL | TopKReverseKL) else None
+    return plain if clip is None else lambda log_p, log_q: plain(log_p, log_q, clip)
+
+
+def full_divergence(student_logits_NV: Tensor, teacher_logits_NV: Tensor, divergence: Divergence) -> Tensor:
+    """Over the whole vocabulary (N,), with gradient to the student.
+
+    Only ids that both have are compared: rows beyond the smaller of the two vocabularies are padding, and are cut
+    before the softmax.
+    """
+    width = min(student_logits_NV.shape[-1], teacher_logits_NV.shape[-1])
+    log_p_NV = student_logits_NV[..., :width].float().log_softmax(-1)
+    log_q_NV = teacher_logits_NV[..., :width].float().log_softmax(-1)
+    return kernel(divergence)(log_p_NV, log_q_NV.detach()).sum(-1)
+
+
+def _clamped(log_ratio: Tensor, clip: float | None) -> Tensor:
+    return log_ratio if clip is None else log_ratio.clamp(-clip, clip)

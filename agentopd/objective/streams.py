@@ -1,7 +1,7 @@
 """The one tensor record of the project, and what the student adds to it.
 
 Only the N sampled tokens are kept, flattened in row order: prompt, tool results and padding never reach the output
-head. B episodes, T padded length, N sampled tokens, K teacher top-K.
+head. B episodes, T padded length, N sampled tokens, K teacher top-K or candidates, G a teacher's hidden width.
 
 Every loss component is a plain weighted sum over tokens. The weights are the ``*_scale_N`` streams: a token's share of
 its skill, divided by the *global* number of tokens of that skill taking part in that component. So micro-batches,
@@ -10,20 +10,14 @@ gradient accumulation and data-parallel ranks only ever add up; none of them res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-AllReduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over the data-parallel ranks and returns the sum."""
-
-
-def single_process(tensor: Tensor) -> Tensor:
-    """The all-reduce of one process: the identity."""
-    return tensor
+PER_TOKEN = ("_N", "_NK", "_NG")  # how the names of streams end that have one entry per sampled token
 
 
 @dataclass(frozen=True)
@@ -49,11 +43,19 @@ class Batch:
     teacher_logprobs_N: Tensor
     teacher_topk_ids_NK: Tensor
     teacher_topk_logprobs_NK: Tensor
+    teacher_N: Tensor
+    """Index into ``teachers`` of the token's teacher."""
+    teacher_hidden_NG: Tensor
+    """A local teacher's hidden states where whole distributions are compared; else G is 0."""
     ref_logprobs_N: Tensor
+    overlap_N: Tensor
+    """Share of the student's candidates among the teacher's top-K; 0 where candidates are not asked for."""
     advantage_N: Tensor
-    """Group-relative advantage of the token's episode; 0 where it is unknown."""
+    """The verifier's advantage of the token's episode; 0 where it is unknown."""
     sigma_N: Tensor
     """Verdict's sign in [-1, 1]: 2s-1 of the episode, a step certificate's sign where there is one, 0 if unknown."""
+    policy_N: Tensor
+    """False on trajectories that take part in the anchor alone."""
     special_N: Tensor
     """Role and end-of-turn markers."""
     span_N: Tensor
@@ -62,6 +64,8 @@ class Batch:
     verifier_scale_N: Tensor
     anchor_scale_N: Tensor
     reference_scale_N: Tensor
+    teachers: tuple[str, ...] = ()
+    """Names that ``teacher_N`` indexes: the teachers of this rank's rows."""
     counted: bool = True
     """False for a filler whose tokens are in no metric."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -98,7 +102,7 @@ class Batch:
         lengths_B = self.lengths_B[rows]
         width = int(lengths_B.max()) if rows else 0
         per_token: dict[str, Any] = {
-            f.name: getattr(self, f.name)[kept] for f in fields(self) if f.name.endswith(("_N", "_NK"))
+            f.name: getattr(self, f.name)[kept] for f in fields(self) if f.name.endswith(PER_TOKEN)
         }
         return replace(
             self,
@@ -124,8 +128,23 @@ class Streams:
     """Current full-vocabulary log-probs at ``teacher_topk_ids_NK``, with gradient."""
     old_logprobs_N: Tensor | None = None
     """Log-probs before the update; None means this is the only pass, so they equal the current ones."""
+    old_topk_logprobs_NK: Tensor | None = None
+    """The same at ``teacher_topk_ids_NK``."""
+    divergence_N: Tensor | None = None
+    """Divergence over whole distributions, with gradient; None where the objective reads none."""
+    entropy_N: Tensor | None = None
+    """The student's entropy in nats, without gradient; None where the objective reads none."""
+    phi_mean: Tensor | None = None
+    """Mean of phi over the whole batch (scalar); None takes this micro-batch's own."""
+    progress: float = 0.0
+    """Share of the run's steps that are done, in [0, 1)."""
 
     @property
     def old_N(self) -> Tensor:
         """Log-probs before the update, without gradient."""
         return self.logprobs_N.detach() if self.old_logprobs_N is None else self.old_logprobs_N
+
+    @property
+    def old_topk_NK(self) -> Tensor:
+        """Log-probs at ``teacher_topk_ids_NK`` before the update, without gradient."""
+        return self.topk_logprobs_NK.detach() if self.old_topk_logprobs_NK is None else self.old_topk_logprobs_NK

@@ -7,6 +7,7 @@ G-OPD; the probability-drop mask as in prime-rl ``ref_kl_loss_fn``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,13 @@ def importance_weight(old_N: Tensor, rollout_N: Tensor, cap: float | None) -> Te
     return (old_N - rollout_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap).detach()
 
 
+def accepted(old_N: Tensor, rollout_N: Tensor, bound: float | None) -> Tensor:
+    """False on tokens whose learner/engine ratio lies outside [1/bound, bound] (N,)."""
+    if bound is None:
+        return torch.ones_like(old_N, dtype=torch.bool)
+    return (old_N - rollout_N).abs().detach() <= math.log(bound)
+
+
 def inside_trust_region(advantage_N: Tensor, logprobs_N: Tensor, rollout_N: Tensor, max_drop: float | None) -> Tensor:
     """False on tokens whose probability already moved by ``max_drop`` in the direction of their advantage (N,)."""
     if max_drop is None:
@@ -60,14 +68,17 @@ def inside_trust_region(advantage_N: Tensor, logprobs_N: Tensor, rollout_N: Tens
     return ~(((advantage_N > 0) & (moved_N > max_drop)) | ((advantage_N < 0) & (moved_N < -max_drop)))
 
 
-def cap_scale(signal_N: Tensor, cap: float | None) -> Tensor:
+def cap_scale(signal_N: Tensor, cap: float | None, shape: str = "hard") -> Tensor:
     """Factor in (0, 1] that brings ``|signal|`` down to ``cap`` (N,), detached.
 
     On a divergence it scales the gradient rather than clamping the value, which would lose the gradient altogether;
-    on an advantage it is the hard clip.
+    on an advantage it is the hard clip, or with shape ``tanh`` ``cap tanh(signal / cap)``.
     """
     if cap is None:
         return torch.ones_like(signal_N)
+    if shape == "tanh":
+        relative_N = signal_N.detach().abs().clamp(min=1e-6) / cap
+        return relative_N.tanh() / relative_N
     return (cap / signal_N.detach().abs()).clamp(max=1.0)
 
 

@@ -12,9 +12,9 @@ from agentopd.batching import build_batch
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.contracts import Evidence, ScoredEpisode
-from agentopd.objective.masks import token_classifier
 from agentopd.objective.streams import Batch
 from agentopd.types import Episode, StopReason, Turn, Verdict, VerdictStatus
+from tests.token_classes import token_classifier
 
 VOCAB = 64
 

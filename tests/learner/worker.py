@@ -15,7 +15,7 @@ from agentopd.batching import build_batch
 from agentopd.config.run import LearnerConfig
 from agentopd.learner import runtime
 from agentopd.learner.deepspeed import DeepSpeedLearner
-from agentopd.objective.masks import token_classifier
+from tests.token_classes import token_classifier
 
 SHARES = {"a": 0.75, "b": 0.25}
 

@@ -1,7 +1,7 @@
 """Random token streams on a small vocabulary, with the student's logits as the only leaf."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.objective.compose import LossOutput, compute_loss
+from agentopd.objective.divergences import full_divergence
 from agentopd.objective.streams import Batch, Streams
 
 OFF = {"cap": None, "sequence_budget": None, "max_prob_drop": None, "tis_cap": None}
@@ -17,13 +18,22 @@ OFF = {"cap": None, "sequence_budget": None, "max_prob_drop": None, "tis_cap": N
 
 @dataclass
 class Sample:
-    """Streams whose log-probs come from ``logits_NV``."""
+    """Streams whose log-probs come from ``logits_NV``; ``teacher_NV`` are the teacher's log-probs."""
 
     streams: Streams
     logits_NV: torch.Tensor
+    teacher_NV: torch.Tensor
+
+    def seen(self, objective: ObjectiveConfig) -> Streams:
+        """The streams with what the learner adds for this objective."""
+        if not objective.needs_full_vocabulary:
+            return self.streams
+        return replace(
+            self.streams, divergence_N=full_divergence(self.logits_NV, self.teacher_NV, objective.divergence)
+        )
 
     def loss(self, objective: ObjectiveConfig) -> LossOutput:
-        return compute_loss(self.streams, objective)
+        return compute_loss(self.seen(objective), objective)
 
     def grad(self, objective: ObjectiveConfig) -> torch.Tensor:
         self.logits_NV.grad = None
@@ -69,6 +79,10 @@ def _sample(
         "teacher_logprobs_N": teacher_NV.gather(1, target_N[:, None])[:, 0],
         "teacher_topk_ids_NK": topk.indices,
         "teacher_topk_logprobs_NK": topk.values,
+        "teacher_N": torch.zeros(n, dtype=torch.int64),
+        "teacher_hidden_NG": torch.zeros(n, 0),
+        "overlap_N": zeros_N,
+        "policy_N": torch.ones(n, dtype=torch.bool),
         "ref_logprobs_N": logprobs_N.detach() + 0.3 * torch.randn(n, generator=g),
         "advantage_N": torch.randn(len(sizes), generator=g)[row_N],
         "sigma_N": torch.tensor([1.0, -1.0, 0.0] * len(sizes))[row_N],
@@ -82,7 +96,8 @@ def _sample(
     batch = Batch(target_N=target_N, **{**defaults, **fields})
     topk_logprobs_NK = student_NV.gather(1, batch.teacher_topk_ids_NK)
     old = old_N if off_policy else None
-    return Sample(Streams(batch, logprobs_N, topk_logprobs_NK, old), logits_NV)
+    entropy_N = -(student_NV.exp() * student_NV).sum(-1).detach()
+    return Sample(Streams(batch, logprobs_N, topk_logprobs_NK, old, entropy_N=entropy_N), logits_NV, teacher_NV)
 
 
 def _preset(name: str, **blocks: Any) -> ObjectiveConfig:

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from agentopd.config.objective import CalibratedRouter, Stabiliser, UniformRouter
+from agentopd.config.objective_blocks import CalibratedRouter, Stabiliser, UniformRouter
 from agentopd.objective.advantages import group_advantages
 from agentopd.objective.anchors import gold_nll
-from agentopd.objective.calibration import agreement, router_weight
-from agentopd.objective.masks import hidden_tail, no_token_classes, token_classifier
+from agentopd.objective.masks import hidden_tail
 from agentopd.objective.microbatches import bucket_by_length
 from agentopd.objective.reference import k2
+from agentopd.objective.routers import agreement, shown_weight, three_weights
 from agentopd.objective.trust import budget_scale, cap_scale, importance_weight, inside_trust_region, ppo_surrogate
 from agentopd.objective.weights import span_weights, step_weights
 
@@ -64,22 +64,23 @@ def test_advantages_follow_a_permutation(rewards, rnd):
     [(1, 2, 1.0), (1, -2, 0.25), (-1, -2, 1.0), (-1, 2, 0.25), (0, 2, 0.5), (0, -2, 0.5), (1, 0, 0.5), (0.5, 1, 0.75)],
 )
 def test_quadrants_of_the_calibrated_weight(sigma, delta, weight):
-    found = agreement(torch.tensor([float(sigma)]), torch.tensor([float(delta)]))
-    assert router_weight(CalibratedRouter(), found).item() == weight
+    found = shown_weight(CalibratedRouter(), torch.tensor([float(sigma)]), torch.tensor([float(delta)]))
+    assert found.item() == weight
 
 
 @quick
 @given(floats, floats)
 def test_calibrated_weight_is_monotone_in_agreement(first, second):
     low, high = sorted((max(-1, min(1, first)), max(-1, min(1, second))))
-    weights = router_weight(CalibratedRouter(), torch.tensor([low, high]))
+    weights = three_weights(torch.tensor([low, high]), 1.0, 0.5, 0.25)
     assert weights[0] <= weights[1]
 
 
 def test_equal_weights_and_uniform_router_are_the_identity():
     a = torch.linspace(-1, 1, 11)
-    assert router_weight(CalibratedRouter(w_agree=1, w_neutral=1, w_conflict=1), a).tolist() == [1.0] * 11
-    assert router_weight(UniformRouter(), a).tolist() == [1.0] * 11
+    assert three_weights(a, 1.0, 1.0, 1.0).tolist() == [1.0] * 11
+    assert shown_weight(UniformRouter(), a, torch.ones(11)).tolist() == [1.0] * 11
+    assert agreement(a, torch.zeros(11)).tolist() == [0.0] * 11
 
 
 def test_dual_clip_is_flat():
@@ -171,18 +172,6 @@ def test_span_weights_and_their_off_setting():
     span = torch.tensor([True, False])
     assert span_weights(span, 0.5).tolist() == [1.0, 0.5]
     assert span_weights(span, 1.0).tolist() == [1.0, 1.0]
-
-
-def test_token_classes_by_id():
-    classes = token_classifier({2, 9}, span_open=5, span_close=6)([1, 5, 3, 6, 4, 2])
-    assert classes.special == (False, False, False, False, False, True)
-    assert classes.in_span == (False, True, True, True, False, False)
-    assert token_classifier({2})([5, 2]).in_span == (False, False)
-    assert not any(no_token_classes([1, 2]).special)
-
-
-def test_unclosed_span_runs_to_the_end_of_the_turn():
-    assert token_classifier((), 5, 6)([5, 1, 1]).in_span == (True, True, True)
 
 
 @pytest.mark.parametrize(("sampled", "hidden"), [(1, 1), (10, 1), (11, 2), (100, 10)])
