@@ -108,7 +108,7 @@ class Run:
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
         streams = {name: TaskStream(skill.env, skill.config, config.seed) for name, skill in skills.items()}
         mixture = Mixture(streams, config.suite.skills, config.replay)
-        learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps)
+        learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps, teachers.heads())
         return cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, policy.classify())
 
     @property
