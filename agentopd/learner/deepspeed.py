@@ -92,9 +92,10 @@ class DeepSpeedLearner:
         """Up to ``epochs`` optimiser passes over a batch; returns metrics reduced over ranks and micro-batches.
 
         Further passes stop once mean |logprobs - old_logprobs| exceeds ``max_epoch_kl``. A batch without a token on
-        any rank changes nothing. Raises ``InfraError`` if the loss is not finite, before the weights change.
+        any rank only counts as a step. Raises ``InfraError`` if the loss is not finite, before the weights change.
         """
         if not runtime.all_reduce_max(batch.num_tokens):
+            self.steps_done += 1
             return {**batch.metrics, "learner/skipped": 1.0}
         blocks, progress = self.objective.at(self.progress), self.progress
         micro_batches = self._micro_batches(batch)
