@@ -119,9 +119,10 @@ class Run:
         streams = {name: TaskStream(skill.env, skill.config, config.seed) for name, skill in skills.items()}
         mixture = Mixture(streams, config.suite.skills, config.replay)
         embed = load_embedder(config.replay.coreset.model) if config.replay.policy == "coreset" else None
-        learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps)
+        learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps, teachers.heads())
         learner.stretches = [stage.steps for stage in config.stages] or learner.stretches
-        run = cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, policy.classify())
+        classify = policy.classify(segments=any(x.masks.suffix != "off" for x in config.objective.every_stage()))
+        run = cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, classify)
         run.embed = embed
         return run
 

@@ -26,6 +26,8 @@ class SampledPG(Section):
 
     kind: Literal["sampled_pg"] = "sampled_pg"
     coef: float = Field(1.0, ge=0)
+    discount: float = Field(0.0, ge=0, le=1)
+    """gamma: a token's advantage is the discounted sum of the margins from it on; 0 takes its own alone."""
 
 
 class K2Direct(Section):
@@ -183,7 +185,7 @@ class RubricAdvantage(Section):
 
 
 VerifierAdvantage = Annotated[
-    NoAdvantage | GroupAdvantage | AbsoluteAdvantage | RubricAdvantage, Field(discriminator="kind")
+    NoAdvantage | AbsoluteAdvantage | RubricAdvantage | GroupAdvantage, Field(discriminator="kind")
 ]
 
 # --- B4: router ------------------------------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ class OutcomeRouter(Section):
 
 
 Router = Annotated[
-    UniformRouter | SignGate | CertificateGate | AsymmetricRouter | CalibratedRouter | OutcomeRouter,
+    UniformRouter | SignGate | CertificateGate | AsymmetricRouter | OutcomeRouter | CalibratedRouter,
     Field(discriminator="kind"),
 ]
 

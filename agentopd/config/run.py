@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -240,9 +239,6 @@ class RunConfig(Section):
             self._teachers_suffice(blocks, new)
             if blocks.needs_groups and self.rollout.group_size < 2:
                 raise ValueError("the group-relative advantage needs rollout.group_size >= 2 (it is 1)")
-            for is_used, what in _NOT_WIRED:
-                if is_used(blocks):
-                    raise ValueError(f"objective {self.objective.preset!r} needs {what}: not available in this version")
             if blocks.needs_stored_rollouts:
                 self._rollouts_can_be_stored(blocks)
         if any(blocks.needs_rubric for blocks in self.objective.every_stage()) != (self.judge is not None):
@@ -379,9 +375,3 @@ class RunConfig(Section):
         old = tuple(skill.name for skill in self.suite.skills if skill.role == "old")
         earlier = self.stages[: self.stage_at(step)] if self.stages else ()
         return old + tuple(name for stage in earlier for name in stage.skills)
-
-
-_NOT_WIRED: tuple[tuple[Callable[[Blocks], bool], str], ...] = (
-    (lambda blocks: blocks.alignment.kind == "byte_offset", "probabilities sorted over two vocabularies"),
-)
-"""Inputs that no part of the loop provides yet."""

@@ -71,5 +71,5 @@ def _teacher_kind(value: Any) -> Any:
 
 
 AnyTeacherConfig = Annotated[
-    Annotated[TeacherConfig, Tag("hf")] | Annotated[ChatTeacherConfig, Tag("chat")], Discriminator(_teacher_kind)
+    Annotated[ChatTeacherConfig, Tag("chat")] | Annotated[TeacherConfig, Tag("hf")], Discriminator(_teacher_kind)
 ]

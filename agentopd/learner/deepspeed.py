@@ -97,10 +97,11 @@ class DeepSpeedLearner:
         """Up to ``epochs`` passes of ``mini_batches`` optimiser steps each; returns metrics of the last pass.
 
         Metrics are reduced over ranks and micro-batches. Further passes stop once mean |logprobs - old_logprobs|
-        exceeds ``max_epoch_kl``. A batch without a token on any rank changes nothing. Raises ``InfraError`` if the
-        loss is not finite, before the weights change.
+        exceeds ``max_epoch_kl``. A batch without a token on any rank only counts as a step. Raises ``InfraError`` if
+        the loss is not finite, before the weights change.
         """
         if not runtime.all_reduce_max(batch.num_tokens):
+            self.steps_done += 1
             return {**batch.metrics, "learner/skipped": 1.0}
         blocks, progress = self.objective.at(self.progress), self.progress
         dealt = deal_rows(batch, self.config.mini_batches)

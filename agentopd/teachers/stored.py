@@ -67,9 +67,6 @@ class StoredTeacher:
             self._check(path, allow_mismatch)
         elif live is None:
             raise ConfigError(f"no stored teacher log-probs at {str(root)!r}: it has no {_HEADER}")
-        else:
-            self._root.mkdir(parents=True, exist_ok=True)
-            _write(path, header.model_dump_json().encode())
 
     def _check(self, path: Path, allow_mismatch: bool) -> None:
         try:
@@ -118,6 +115,9 @@ class StoredTeacher:
         return Evidence(self.name, **fields)
 
     def _store(self, episode: Episode, evidence: Evidence) -> None:
+        header = self._root / _HEADER
+        if not header.is_file():
+            _write(header, self._header.model_dump_json().encode())
         arrays = {name: getattr(evidence, name) for name in _FIELDS if getattr(evidence, name) is not None}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)

@@ -79,7 +79,7 @@ def test_an_episode_that_was_never_scored_is_a_fault(tmp_path):
 
 @pytest.mark.parametrize("field", ["teacher", "tokenizer", "student"])
 def test_another_teacher_tokenizer_or_student_is_refused(field, tmp_path):
-    StoredTeacher("default", tmp_path, HEADER, Live())
+    score(StoredTeacher("default", tmp_path, HEADER, Live()), [episode(3)])
     other = HEADER.model_copy(update={field: "other"})
     with pytest.raises(ConfigError, match=f"stored with {field}.*'other'.*allow_mismatch"):
         StoredTeacher("default", tmp_path, other)
@@ -87,7 +87,9 @@ def test_another_teacher_tokenizer_or_student_is_refused(field, tmp_path):
 
 
 def test_a_smaller_k_and_a_folder_without_header_are_refused(tmp_path):
-    StoredTeacher("default", tmp_path, HEADER, Live())
+    live = StoredTeacher("default", tmp_path, HEADER, Live())
+    assert not list(tmp_path.iterdir())  # a run's folder must still be free when the run begins
+    score(live, [episode(3)])
     with pytest.raises(ConfigError, match="top-K 3, but the objective reads 5"):
         StoredTeacher("default", tmp_path, HEADER.model_copy(update={"top_k": 5}))
     with pytest.raises(ConfigError, match="no stored teacher log-probs"):

@@ -1,0 +1,132 @@
+"""Actors other than the student: sampled once, judged, kept; phased and mixed prompts."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+
+from agentopd.build import Judge, Policy, load_skills
+from agentopd.collect import phased_prompts, student_answers
+from agentopd.config import SuiteConfig
+from agentopd.contracts import Generation
+from agentopd.demonstrations import Demonstrator
+from agentopd.mixture import Drawn
+from agentopd.models import load_tokenizer
+from agentopd.rendering import ChatRenderer, HermesJSON
+from agentopd.rollout import RolloutOptions
+from agentopd.rollout.cache import RolloutCache
+from agentopd.types import VerdictStatus
+
+
+@dataclass
+class ScriptedEngine:
+    """Answers every request with the same text, and counts requests."""
+
+    ids: tuple[int, ...]
+    max_context: int = 1024
+    lockstep: bool = True
+    asked: list[int] = field(default_factory=list)
+
+    async def generate(self, requests):
+        self.asked.append(len(requests))
+        return [Generation(self.ids, (-0.5,) * len(self.ids), "stop") for _ in requests]
+
+    def sync_weights(self, version):
+        pass
+
+    async def aclose(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def skills():
+    return load_skills(SuiteConfig.model_validate({"skills": [{"name": "math", "env": "math"}]}))
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    return ChatRenderer(load_tokenizer("micro/student"), HermesJSON())
+
+
+def demonstrator(renderer, skills, root, text="\\boxed{1}", **more):
+    engine = ScriptedEngine(tuple(renderer.encode_turn(text)))
+    policy = Policy(None, renderer.tokenizer, renderer.codec, renderer, engine)
+    judge = Judge(skills.values(), sandbox=None)
+    options = RolloutOptions(**more)
+    return Demonstrator(policy, "T", skills, judge, RolloutCache(root), options, seed=0)
+
+
+def ask(actor, tasks, num=1):
+    return asyncio.run(actor.answer([("math", task) for task in tasks], num))
+
+
+def test_a_teacher_is_asked_once_for_each_task(renderer, skills, tmp_path):
+    tasks = skills["math"].tasks("train", 3, 0)
+    actor = demonstrator(renderer, skills, tmp_path)
+    first = ask(actor, tasks[:2], num=2)
+    assert [len(answers) for answers in first] == [2, 2]
+    assert ask(actor, tasks, num=2)[:2] == first
+    assert actor.policy.engine.asked == [4, 2]
+    fresh = demonstrator(renderer, skills, tmp_path)
+    assert ask(fresh, tasks, num=2)[:2] == first and fresh.policy.engine.asked == []
+    assert fresh.has("math", tasks[0], 2) and not fresh.has("math", tasks[0], 3)
+
+
+def test_the_tokens_are_those_sampled_and_the_verdict_is_the_verifiers(renderer, skills, tmp_path):
+    (task,) = skills["math"].tasks("train", 1, 0)
+    right = f"\\boxed{{{task.hidden['answer']}}}"
+    ((episode, verdict),) = ask(demonstrator(renderer, skills, tmp_path, right), [task])[0]
+    assert list(episode.turns[0].token_ids) == renderer.encode_turn(right)
+    assert episode.rollout_logprobs[-1] == -0.5
+    assert verdict.passed
+    ((_, wrong),) = ask(demonstrator(renderer, skills, tmp_path / "w", "\\boxed{-7}"), [task])[0]
+    assert wrong.outcome == 0
+
+
+def test_equal_prompts_in_one_step_share_one_answer(renderer, skills, tmp_path):
+    (task,) = skills["math"].tasks("train", 1, 0)
+    actor = demonstrator(renderer, skills, tmp_path)
+    one, other = ask(actor, [task, task])
+    assert one == other and actor.policy.engine.asked == [1]
+
+
+def test_other_settings_are_another_address(renderer, skills, tmp_path):
+    tasks = skills["math"].tasks("train", 1, 0)
+    ask(demonstrator(renderer, skills, tmp_path), tasks)
+    warm = demonstrator(renderer, skills, tmp_path, temperature=0.5)
+    ask(warm, tasks)
+    assert warm.policy.engine.asked == [1]
+
+
+def test_what_could_not_be_judged_is_not_kept(renderer, skills, tmp_path, monkeypatch):
+    tasks = skills["math"].tasks("train", 1, 0)
+    actor = demonstrator(renderer, skills, tmp_path)
+
+    async def broken(task, episode, sandbox):
+        raise RuntimeError("verifier down")
+
+    monkeypatch.setattr(actor.judge.verifier("math", tasks[0]), "verify", broken)
+    ((_, verdict),) = ask(actor, tasks)[0]
+    assert verdict.status is VerdictStatus.INFRA_ERROR
+    assert not actor.has("math", tasks[0])
+
+
+def drawn(skills, num):
+    return [Drawn("math", task, False) for task in skills["math"].tasks("train", num, 0)]
+
+
+def test_the_teacher_answers_its_share_of_a_steps_prompts(skills):
+    prompts = drawn(skills, 9)
+    chosen = [phased_prompts(prompts, 0.1, step) for step in range(8)]
+    assert all(len(item) == 1 for item in chosen)
+    assert len({item[0].task.id for item in chosen}) > 2
+    assert phased_prompts(prompts, 1.0, 3) == prompts
+    assert phased_prompts(prompts, 0.4, 3) == phased_prompts(prompts, 0.4, 3)
+
+
+def test_mixed_prompts_are_split_by_share(skills):
+    prompts = drawn(skills, 8)
+    mine, others = student_answers(prompts, 0.5, 0)
+    assert len(mine) == len(others) == 4
+    assert sorted(item.task.id for item in mine + others) == sorted(item.task.id for item in prompts)
+    assert student_answers(prompts, 0.5, 1)[0] != mine
