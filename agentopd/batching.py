@@ -37,7 +37,7 @@ COUNTERS = (
     *("episodes", "unjudged", "env_error", "no_evidence", "truncated_dropped", "empty", "rows", "anchors", "tokens"),
     *MASKED,
 )
-INTEGERS = ("position_N", "turn_N", "skill_N")
+INTEGERS = ("position_N", "turn_N", "skill_N", "segment_N")
 PARTS = ("teacher_part_N", "verifier_part_N", "anchor_part_N", "reference_part_N")
 FLAGS = ("policy_N", "special_N", "span_N", *PARTS)
 FLOATS = ("rollout_logprobs_N", "teacher_logprobs_N", "ref_logprobs_N", "overlap_N", "advantage_N", "sigma_N")
@@ -163,12 +163,16 @@ def _row(item: ScoredEpisode, objective: Blocks, token_classes: ClassifyTokens, 
     special = np.array([flag for found in classes for flag in found.special], dtype=bool)
     part, masked = _teacher_part(item, objective, classes, special)
     anchored = objective.anchor.kind != "none" and (item.anchor or objective.source.kind in ("gold", "teacher"))
+    segment = _alignment(item, objective, n)
+    if segment is not None:  # only a segment's first token is compared
+        part &= (segment >= 0) & (np.diff(segment, prepend=-1) != 0)
     views = _views(item, objective, part, anchored and isinstance(objective.anchor, TeacherForwardKL))
     judged = item.verdict.outcome is not None and objective.verifier.kind != "none"
     streams = {
         "position_N": position,
         "turn_N": turn_ids[position],
         "skill_N": np.full(n, skill),
+        "segment_N": np.full(n, -1) if segment is None else segment,
         "rollout_logprobs_N": np.array([x for turn in episode.turns for x in turn.rollout_logprobs]),
         "teacher_logprobs_N": views.teacher,
         "ref_logprobs_N": views.ref,
@@ -210,6 +214,13 @@ def _teacher_part(
         masked["masked_suffix"] = int(part[fade:].sum())
         part[fade:] = False
     return part, masked
+
+
+def _alignment(item: ScoredEpisode, objective: Blocks, n: int) -> Array | None:
+    """Segment of every sampled token (n,); each token its own for a teacher that shares the tokenizer."""
+    if objective.alignment.kind == "same" or item.evidence is None:
+        return None
+    return np.arange(n) if item.evidence.segments is None else item.evidence.segments
 
 
 def _segments(classes: Sequence[TokenClasses]) -> Array:

@@ -20,6 +20,8 @@ from agentopd.rendering.codecs import ToolCodec
 from agentopd.scoring import judge
 from agentopd.types import Episode, Split, Task, Verdict
 
+SENTENCE_ENDS = ("\n", ".", "!", "?", ";")
+"""What ends a segment of a turn, for blocks that read a turn in segments."""
 _ENDLESS = 1024
 """A source with at least this many tasks is taken to be procedural when no limit is given."""
 _DEFAULT_LIMIT = 200
@@ -116,13 +118,19 @@ class Policy:
     renderer: ChatRenderer
     engine: HFEngine
 
-    def classify(self) -> ClassifyTokens:
-        """Token classes for the objective: role and end-of-turn markers, and tool-call spans."""
+    def classify(self, segments: bool = False) -> ClassifyTokens:
+        """Token classes for the objective: role and end-of-turn markers, tool-call spans, and ends of sentences.
+
+        The last only with ``segments``: it decodes every token.
+        """
+        decode = self.tokenizer.decode
         control = frozenset(self.tokenizer.all_special_ids) | frozenset(self.renderer.end_of_turn_ids)
 
         def classes(ids: Sequence[int]) -> TokenClasses:
             return TokenClasses(
-                special=tuple(token in control for token in ids), in_span=tuple(self.renderer.call_mask(ids).tolist())
+                special=tuple(token in control for token in ids),
+                in_span=tuple(self.renderer.call_mask(ids).tolist()),
+                ends_segment=tuple(decode([token]).rstrip(" ").endswith(SENTENCE_ENDS) for token in ids if segments),
             )
 
         return classes

@@ -109,7 +109,8 @@ class Run:
         streams = {name: TaskStream(skill.env, skill.config, config.seed) for name, skill in skills.items()}
         mixture = Mixture(streams, config.suite.skills, config.replay)
         learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps, teachers.heads())
-        return cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, policy.classify())
+        classify = policy.classify(segments=any(x.masks.suffix != "off" for x in config.objective.every_stage()))
+        return cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, classify)
 
     @property
     def progress(self) -> float:

@@ -6,11 +6,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from agentopd.learner import runtime
+from agentopd.objective.repetition import looping_tail, repeats
 from agentopd.types import Episode, Verdict
 
 
 def step_metrics(judged: Sequence[tuple[Episode, Verdict]]) -> dict[str, float]:
-    """Per skill: success, reward, sampled tokens, turns, truncation, malformed calls, unjudged; over all ranks.
+    """Per skill: success, reward, tokens, turns, truncation, repetition, malformed calls, unjudged; over all ranks.
 
     Success and reward average over judged episodes only; a skill with none has neither.
     """
@@ -21,7 +22,7 @@ def step_metrics(judged: Sequence[tuple[Episode, Verdict]]) -> dict[str, float]:
             by_skill[skill].append(row)
     metrics: dict[str, float] = {}
     for skill, found in sorted(by_skill.items()):
-        for key in ("success", "reward", "tokens", "turns", "truncated", "malformed"):
+        for key in ("success", "reward", "tokens", "turns", "truncated", "repetition", "malformed"):
             values = [row[key] for row in found if key in row]
             if values:
                 metrics[f"{skill}/{key}"] = sum(values) / len(values)
@@ -38,6 +39,7 @@ def _row(episode: Episode, verdict: Verdict) -> tuple[str, dict[str, float]]:
         "tokens": episode.num_sampled,
         "turns": len(episode.turns),
         "truncated": float(episode.stop_reason.truncated),
+        "repetition": float(any(repeats(turn.text) or looping_tail(turn.token_ids) for turn in episode.turns)),
         "malformed": sum(len(turn.malformed) for turn in episode.turns),
     }
     if verdict.outcome is not None and verdict.reward is not None:

@@ -179,7 +179,7 @@ class Blocks(Section):
     @property
     def teacher_access(self) -> Access:
         """The least that a teacher has to give."""
-        if self.needs_full_vocabulary or self.alignment.kind != "same":
+        if self.needs_full_vocabulary:
             return "full"
         if self.top_k or self.student_top_k:
             return "topk"

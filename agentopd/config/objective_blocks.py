@@ -26,6 +26,8 @@ class SampledPG(Section):
 
     kind: Literal["sampled_pg"] = "sampled_pg"
     coef: float = Field(1.0, ge=0)
+    discount: float = Field(0.0, ge=0, le=1)
+    """gamma: a token's advantage is the discounted sum of the margins from it on; 0 takes its own alone."""
 
 
 class K2Direct(Section):

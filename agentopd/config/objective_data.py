@@ -123,19 +123,9 @@ class SameTokenizer(Section):
 
 
 class SimCT(Section):
-    """Reverse KL on the shared tokens and the smallest spans that both tokenizers can write (SimCT)."""
+    """The teacher has another tokenizer: ids both have, and the smallest spans that both can write, by byte offset."""
 
     kind: Literal["simct"] = "simct"
-    span_score: Literal["mean_logit", "sum_logprob"] = "mean_logit"
-    """A span's score: the mean logit of its tokens (the authors' code), or the sum of their log-probs."""
 
 
-class ByteOffset(Section):
-    """JSD on shared tokens plus the distance of sorted probabilities on the others, grouped by bytes (GOLD)."""
-
-    kind: Literal["byte_offset"] = "byte_offset"
-    matched_weight: float | None = Field(None, ge=0, le=1)
-    """Weight of the shared tokens; None is their share of the teacher's vocabulary."""
-
-
-Alignment = Annotated[SameTokenizer | SimCT | ByteOffset, Field(discriminator="kind")]
+Alignment = Annotated[SameTokenizer | SimCT, Field(discriminator="kind")]

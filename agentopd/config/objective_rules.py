@@ -14,6 +14,7 @@ from agentopd.config.objective_blocks import (
     OutcomeRouter,
     SampledPG,
     SignGate,
+    TopKReverseKL,
     Weights,
 )
 from agentopd.config.objective_data import GoldNLL, TeacherAnchor
@@ -21,8 +22,6 @@ from agentopd.config.objective_data import GoldNLL, TeacherAnchor
 if TYPE_CHECKING:
     from agentopd.config.objective import Blocks
 
-ON_STUDENT = ("student", "offline")
-"""Sources whose tokens a student sampled."""
 _DIRECT = ("topk_rkl", "topk_fkl", "full_rkl", "full_fkl", "jsd")
 _SURROGATE_KEYS = ("clip_low", "clip_high", "dual_clip", "tis_cap", "rejection", "max_prob_drop")
 _TEACHER_KEYS = ("cap", "cap_shape", "sequence_budget")
@@ -59,11 +58,10 @@ def _inputs(blocks: Blocks) -> Iterator[str]:
     if source == "offline" and (divergence != "sampled_pg" or blocks.verifier.kind not in ("none", "absolute")):
         yield "source 'offline' stores one rollout a prompt with sampled log-probs: it needs divergence 'sampled_pg'"
     if blocks.alignment.kind != "same":
-        wanted = {"simct": "full_rkl", "byte_offset": "jsd"}[blocks.alignment.kind]
-        if divergence != wanted:
-            yield f"alignment {blocks.alignment.kind!r} needs divergence {wanted!r} (it is {divergence!r})"
+        if not (isinstance(blocks.divergence, TopKReverseKL) and blocks.divergence.tail == "none"):
+            yield f"alignment 'simct' compares shared ids: it needs 'topk_rkl' with tail 'none', not {divergence!r}"
         if blocks.router.kind != "uniform" or blocks.weights != Weights() or blocks.needs_reference:
-            yield f"alignment {blocks.alignment.kind!r} has no margin per student token: router, weights and reference"
+            yield f"alignment {blocks.alignment.kind!r} has no margin per token for router, weights or reference"
 
 
 def _routing(blocks: Blocks) -> Iterator[str]:

@@ -94,8 +94,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stabiliser": {**_PLAIN, "tis_cap": None},
         "weights": {"step_delta": 0.2},
     },
-    "simct_opd": {**_DIRECT, "divergence": {"kind": "full_rkl"}, "alignment": {"kind": "simct"}},
-    "gold_opd": {**_DIRECT, "divergence": {"kind": "jsd", "beta": 0.5}, "alignment": {"kind": "byte_offset"}},
+    "simct_opd": {
+        **_DIRECT,
+        "divergence": {"kind": "topk_rkl", "top_k": 64, "tail": "none"},
+        "alignment": {"kind": "simct"},
+    },
     "lightning_opd": {
         **_OPD,
         "source": {"kind": "offline"},
@@ -151,7 +154,6 @@ SUMMARIES: dict[str, str] = {
     "prefix_opd": "on-policy distillation until the teacher stops telling the student's candidates apart",
     "sod": "group advantage plus distillation that fades on turns where student and teacher drift apart",
     "simct_opd": "on-policy distillation from a teacher with another tokenizer, over shared units",
-    "gold_opd": "on-policy distillation from a teacher with another tokenizer, by matched and sorted probabilities",
     "lightning_opd": "on-policy distillation on stored rollouts with stored teacher log-probs",
     "ropd": "group-relative policy gradient on a rubric score from a text-only teacher",
     "sparse_dense": "warm-up on teacher rollouts, then dense distillation, then the sparse reward",
@@ -192,8 +194,9 @@ ORIGINS: dict[str, Origin] = {
         "RECONSTRUCTED: K, margin in log-probs; DESIGN: segments are turns, least share kept",
     ),
     "sod": Origin("SOD, arXiv 2605.07725", "weights, delta 0.2, coefficients, clip 0.2 / 0.28", "dual clip 3"),
-    "simct_opd": Origin("SimCT, arXiv 2605.07711", "alignment, units, reverse KL", "RECONSTRUCTED: the unit's score"),
-    "gold_opd": Origin("TRL GOLD", "matched JSD and sorted distance, beta 0.5", "denominators per skill"),
+    "simct_opd": Origin(
+        "SimCT, arXiv 2605.07711", "alignment, units, reverse KL", "units by joint log-prob; K 64 of the shared ids"
+    ),
     "lightning_opd": Origin("Lightning OPD, arXiv 2604.13010", "stored evidence, no importance weight", "clip"),
     "ropd": Origin("Rubric-based OPD, arXiv 2605.07396", "rubric score, no std, 4 teacher answers", "clip, TIS 2"),
     "sparse_dense": Origin(

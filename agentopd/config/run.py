@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -212,9 +211,6 @@ class RunConfig(Section):
             self._teachers_suffice(blocks, new)
             if blocks.needs_groups and self.rollout.group_size < 2:
                 raise ValueError("the group-relative advantage needs rollout.group_size >= 2 (it is 1)")
-            for is_used, what in _NOT_WIRED:
-                if is_used(blocks):
-                    raise ValueError(f"objective {self.objective.preset!r} needs {what}: not available in this version")
             if blocks.needs_stored_rollouts:
                 self._rollouts_can_be_stored(blocks)
         if any(blocks.needs_rubric for blocks in self.objective.every_stage()) != (self.judge is not None):
@@ -269,9 +265,3 @@ class RunConfig(Section):
                     f"reference.policy 'teacher_base' needs the model that the teacher of skill {skill.name!r} was "
                     "trained from: set 'base' beside its 'model', or use reference.policy = 'start'"
                 )
-
-
-_NOT_WIRED: tuple[tuple[Callable[[Blocks], bool], str], ...] = (
-    (lambda blocks: blocks.alignment.kind == "byte_offset", "probabilities sorted over two vocabularies"),
-)
-"""Inputs that no part of the loop provides yet."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from agentopd.config.objective import Blocks
 from agentopd.config.objective_blocks import SampledPG
+from agentopd.objective.alignment import segment_logprobs
 from agentopd.objective.divergences import teacher_margin
 from agentopd.objective.masks import most_uncertain
 from agentopd.objective.phi import mean_of, phi, weighted_sums
@@ -95,7 +96,10 @@ def _shaped(weight_N: Tensor, delta_N: Tensor, streams: Streams, objective: Bloc
 
 def _routed(streams: Streams, objective: Blocks) -> tuple[Tensor, Routed]:
     batch, reference = streams.batch, objective.reference
-    delta_N = teacher_margin(batch.teacher_logprobs_N, streams.old_N)
+    own_N = streams.old_N
+    if objective.alignment.kind != "same":
+        own_N, _ = segment_logprobs(own_N, batch.row_N, batch.segment_N)
+    delta_N = teacher_margin(batch.teacher_logprobs_N, own_N)
     ref_margin_N = batch.teacher_logprobs_N - batch.ref_logprobs_N if objective.needs_reference else delta_N * 0
     views = Views(
         delta_N,

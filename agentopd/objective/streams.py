@@ -54,12 +54,12 @@ class Batch:
     """The verifier's advantage of the token's episode; 0 where it is unknown."""
     sigma_N: Tensor
     """Verdict's sign in [-1, 1]: 2s-1 of the episode, a step certificate's sign where there is one, 0 if unknown."""
+    segment_N: Tensor
+    """The token's segment in its row where the teacher has another tokenizer; -1 outside all."""
     policy_N: Tensor
     """False on trajectories that take part in the anchor alone."""
-    special_N: Tensor
-    """Role and end-of-turn markers."""
-    span_N: Tensor
-    """Inside a tool-call span."""
+    special_N: Tensor  # role and end-of-turn markers
+    span_N: Tensor  # inside a tool call
     teacher_scale_N: Tensor
     verifier_scale_N: Tensor
     anchor_scale_N: Tensor

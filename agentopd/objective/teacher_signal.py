@@ -16,7 +16,9 @@ from agentopd.config.objective_blocks import (
     TopKForwardKL,
     TopKReverseKL,
 )
+from agentopd.objective.alignment import segment_logprobs, with_span_slot
 from agentopd.objective.candidates import candidate_loss
+from agentopd.objective.discount import discounted
 from agentopd.objective.divergences import forward_kl, k2_direct, kernel
 from agentopd.objective.streams import Streams
 from agentopd.objective.support import Sampled, bucketed, topk_divergence, truncated
@@ -30,7 +32,8 @@ def teacher_signal(streams: Streams, objective: Blocks, routed: Routed, delta_N:
     if not isinstance(objective.divergence, SampledPG):
         return _DIRECT[objective.divergence.kind](streams, objective), ~yes_N
     if not isinstance(objective.router, AsymmetricRouter):
-        return routed.advantage_N.detach(), yes_N
+        batch, gamma = streams.batch, objective.divergence.discount
+        return discounted(routed.advantage_N.detach(), batch.row_N, batch.supervised_N, gamma), yes_N
     k = objective.router.top_k
     student_NK, teacher_NK = streams.topk_logprobs_NK[:, :k], streams.batch.teacher_topk_logprobs_NK[:, :k]
     pulled_N = truncated(student_NK, teacher_NK, forward_kl, objective.router.renormalise)
@@ -40,6 +43,14 @@ def teacher_signal(streams: Streams, objective: Blocks, routed: Routed, delta_N:
 def _topk(streams: Streams, objective: Blocks) -> Tensor:
     batch, divergence = streams.batch, objective.divergence
     assert isinstance(divergence, TopKReverseKL | TopKForwardKL)
+    if objective.alignment.kind != "same":
+        k = divergence.top_k
+        score_N, several_N = segment_logprobs(streams.logprobs_N, batch.row_N, batch.segment_N)
+        spans_N2 = torch.stack([score_N, batch.teacher_logprobs_N], -1)
+        supports = with_span_slot(
+            streams.topk_logprobs_NK[:, :k], batch.teacher_topk_logprobs_NK[:, :k], spans_N2, several_N
+        )
+        return truncated(*supports, kernel(divergence), divergence.renormalise)
     sampled = Sampled(batch.target_N, streams.logprobs_N, batch.teacher_logprobs_N)
     return topk_divergence(
         streams.topk_logprobs_NK, batch.teacher_topk_logprobs_NK, batch.teacher_topk_ids_NK, sampled, divergence

@@ -7,7 +7,6 @@ and only on the tokens the student sampled.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,22 +84,6 @@ class LocalTeacher:
 
     async def aclose(self) -> None:
         """Nothing to release."""
-
-
-def load_local_teacher(
-    name: str, path: str | Path, dtype: torch.dtype = torch.bfloat16, batch_tokens: int = 16384
-) -> LocalTeacher:
-    """A teacher from a local directory or Hugging Face id. Raises ``TeacherError`` if it cannot be loaded."""
-    from transformers import AutoModelForCausalLM
-
-    with boundary(TeacherError, f"teacher {name!r}: cannot load {str(path)!r}"):
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
-    return LocalTeacher(name, model.eval().requires_grad_(False), batch_tokens)
-
-
-def score_logprobs(model: Any, episodes: Sequence[Episode], batch_tokens: int = 16384) -> list[FloatArray]:
-    """Log-probs of each episode's sampled tokens (n,) at temperature 1 under ``model``: the reference scorer."""
-    return [found.logprobs for found in _score(model, episodes, 0, batch_tokens, None)]
 
 
 def top_ids(model: Any, episodes: Sequence[Episode], k: int, batch_tokens: int = 16384) -> list[IntArray]:
