@@ -17,6 +17,7 @@ from agentopd.contracts import SandboxLimits
 from agentopd.errors import SandboxError, boundary
 from agentopd_sandboxes import linux, wire
 from agentopd_sandboxes.cell import PATIENCE
+from agentopd_sandboxes.pool import CellDied
 from agentopd_sandboxes.protocol import Outcome
 from agentopd_sandboxes.remedies import remedy
 
@@ -38,10 +39,6 @@ _ZYGOTE = BOOT + "from agentopd_sandboxes import zygote; zygote.main()"
 def interpreter() -> str:
     """The interpreter behind a virtual environment: the one that has the standard library."""
     return getattr(sys, "_base_executable", None) or sys.executable
-
-
-class CellDied(SandboxError):
-    """A zygote or a cell ended without a word. Whose fault that was is not known yet."""
 
 
 class Zygote:
