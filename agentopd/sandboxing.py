@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from agentopd.contracts import Sandbox
 from agentopd.errors import RegistryError, SandboxError
 from agentopd.registry import sandboxes
-from agentopd.testing import CATALOGUE, Finding, check_sandbox
+from agentopd.testing import CATALOGUE, LIMITS, Finding, check_sandbox
 
 UNSAFE = "unsafe"
 """Named by hand or not at all."""
@@ -40,7 +40,7 @@ def present() -> list[str]:
 
 
 async def _check(name: str, advance: Callable[[], None]) -> BackendReport:
-    sandbox: Sandbox = sandboxes.get(name)(workers=2)
+    sandbox: Sandbox = sandboxes.get(name)(workers=2, limits=LIMITS)
     try:
         try:
             await sandbox.start()

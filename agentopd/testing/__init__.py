@@ -4,6 +4,6 @@ The hostile programs are the catalogue of docs/security.md; each earns a score o
 """
 
 from agentopd.testing.catalogue import CATALOGUE, HONEST, HOSTILE, Row
-from agentopd.testing.suite import Finding, check_sandbox
+from agentopd.testing.suite import LIMITS, Finding, check_sandbox
 
-__all__ = ["CATALOGUE", "HONEST", "HOSTILE", "Finding", "Row", "check_sandbox"]
+__all__ = ["CATALOGUE", "HONEST", "HOSTILE", "LIMITS", "Finding", "Row", "check_sandbox"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,10 @@ from typing import Any, ClassVar, TypeVar
 from agentopd.contracts import Case, CaseResult, Program, SandboxLimits
 from agentopd.errors import AgentOPDError, SandboxError
 from agentopd_sandboxes import image, ledger
-from agentopd_sandboxes.container import Container
+from agentopd_sandboxes.container import Container, hardened
 from agentopd_sandboxes.pool import CellDied, Worker, probe, run_program
 from agentopd_sandboxes.protocol import Outcome, checked, checked_workers
 
-CONNECT_S = 10.0
 COOL_DOWN_S = 20.0
 """An engine that failed is left alone for this long, if there is another."""
 RUNTIME_PROBE_S = 60.0
@@ -146,7 +146,7 @@ class DockerSandbox:
 
     async def take(self, limits: SandboxLimits) -> Container:
         """A container nobody has used: one that was started ahead of demand, if it has the right limits."""
-        if limits == self.limits:
+        if hardened(limits) == hardened(self.limits):
             while self._spare:
                 try:
                     return await self._spare.pop(0)
@@ -242,11 +242,15 @@ class Engine:
             raise SandboxError("the docker sandbox needs the Docker SDK: pip install 'agentopd[docker]'") from None
         if self._client is None:
             where = self.host or "the local socket"
+            client = None
             try:
-                self._client = docker.DockerClient(base_url=self.host or None, timeout=60)
-                self._client.ping()
+                _knock(self.host)
+                client = docker.DockerClient(base_url=self.host or None, timeout=60, max_pool_size=32)
+                client.ping()
+                self._client = client
             except Exception as exc:
-                self._client = None
+                if client is not None:
+                    client.close()
                 raise SandboxError(
                     f"no Docker engine at {where}: {exc}; start one, or set DOCKER_HOST or sandbox.hosts"
                 ) from exc
@@ -284,6 +288,14 @@ class Engine:
         if self._client is not None:
             self._client.close()
         self._client = None
+
+
+def _knock(host: str) -> None:
+    """Raise ``OSError`` if nobody listens at a local socket: the SDK finds out too, but leaves a socket open."""
+    path = host.removeprefix("unix://") or "/var/run/docker.sock"
+    if host in ("", f"unix://{path}"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
 
 
 def build_image(source: str = "auto") -> str:
