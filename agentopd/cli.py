@@ -22,6 +22,8 @@ micro_app = typer.Typer(no_args_is_help=True, help="The micro world that ships w
 app.add_typer(envs_app, name="envs")
 app.add_typer(presets_app, name="presets")
 app.add_typer(micro_app, name="micro")
+sandbox_app = typer.Typer(no_args_is_help=True, help="Check the sandboxes of this machine, and clean up after them.")
+app.add_typer(sandbox_app, name="sandbox")
 
 Plain = Annotated[bool, typer.Option("--plain", help="No colour, no redrawing: for logs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
@@ -160,6 +162,39 @@ def micro_build(config: Path, overrides: Overrides = None, plain: Plain = False)
     from agentopd import commands
 
     commands.micro_build(config, overrides or [], plain)
+
+
+@sandbox_app.command("check")
+def sandbox_check(
+    backends: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--backend", help="Only this one; may be repeated. Default: every one that is here."),
+    ] = None,
+    as_json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Run the suite of hostile and honest programs on every backend; exit code 1 if one does not hold."""
+    from agentopd import commands
+
+    commands.sandbox_check(backends or [], as_json, plain)
+
+
+@sandbox_app.command("prune")
+def sandbox_prune() -> None:
+    """Remove what runs that were killed left behind."""
+    from agentopd import commands
+
+    commands.sandbox_prune()
+
+
+@sandbox_app.command("image")
+def sandbox_image(
+    source: Annotated[str, typer.Option("--source", help="auto, registry or local.")] = "auto",
+) -> None:
+    """Build the Docker image, from a registry's Python or from this machine's own."""
+    from agentopd import commands
+
+    commands.sandbox_image(source)
 
 
 def main() -> None:

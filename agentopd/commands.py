@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from agentopd.evaluation.metrics import EvalResult
     from agentopd.evaluation.retention import RetentionMatrix
     from agentopd.runs import Run
+    from agentopd.sandboxing import BackendReport
 
 
 @dataclass(frozen=True)
@@ -248,3 +249,62 @@ def micro_build(path: Path, overrides: Sequence[str], plain: bool) -> None:
     from agentopd.micro import build, load_recipe
 
     build(load_recipe(path, overrides), make_console(plain))
+
+
+def sandbox_check(backends: Sequence[str], as_json: bool, plain: bool) -> None:
+    """``agentopd sandbox check``."""
+    from agentopd.sandboxing import check_backends, present
+    from agentopd.testing import CATALOGUE
+
+    names = list(backends) or present()
+    console = make_console(plain or as_json, stderr=as_json)
+    with progress(console, "checking", len(names) * len(CATALOGUE)) as advance:
+        reports = asyncio.run(check_backends(names, advance))
+    if as_json:
+        print(json.dumps({report.name: _sandbox_json(report) for report in reports}))
+    else:
+        console.print(_sandbox_matrix(reports))
+        for report in reports:
+            console.print(f"{report.name}: {_sandbox_summary(report)}", markup=False, soft_wrap=True)
+    if any(report.failures or (report.absent and backends) for report in reports) or all(r.absent for r in reports):
+        raise SystemExit(1)
+
+
+def _sandbox_json(report: BackendReport) -> dict[str, object]:
+    return {
+        "capabilities": report.capabilities,
+        "absent": report.absent,
+        "findings": [vars(f) for f in report.findings],
+    }
+
+
+def _sandbox_matrix(reports: Sequence[BackendReport]) -> Table:
+    here = [report for report in reports if not report.absent]
+    table = Table("id", "program", "expected", *(report.name for report in here), header_style="bold", pad_edge=False)
+    for row in zip(*(report.findings for report in here), strict=True):
+        cells = [f"{found.status}" if found.ok else f"[bold red]FAILED[/] {found.status}" for found in row]
+        table.add_row(row[0].id, row[0].title, row[0].expected, *cells)
+    return table
+
+
+def _sandbox_summary(report: BackendReport) -> str:
+    if report.absent:
+        return f"not here: {report.absent}"
+    failed = "".join(f"\n  {found.id} {found.title}: {found.detail}" for found in report.failures)
+    good = len(report.findings) - len(report.failures)
+    return f"{good} of {len(report.findings)} as expected; in force: {', '.join(report.capabilities)}{failed}"
+
+
+def sandbox_prune() -> None:
+    """``agentopd sandbox prune``."""
+    from agentopd.sandboxing import prune
+
+    for name, gone in prune().items():
+        print(f"{name}: {gone if isinstance(gone, str) else ', '.join(gone) or 'nothing to remove'}")
+
+
+def sandbox_image(source: str) -> None:
+    """``agentopd sandbox image``."""
+    from agentopd_sandboxes.docker import build_image
+
+    print(build_image(source))

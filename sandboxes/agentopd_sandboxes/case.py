@@ -56,6 +56,13 @@ def main(limits: dict[str, Any], fds: list[int], ruleset: int | None, own_users:
         os._exit(1)
 
 
+def settle(directory: str) -> None:
+    """Live in another directory than ``/work``."""
+    global WORK, MAIN_FILE
+    WORK, MAIN_FILE = directory, f"{directory}/solution.py"
+    sys.path.insert(0, directory)
+
+
 # --- locking down ----------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -57,7 +58,7 @@ def init(tools: Tools, control: int, file_mb: int) -> NoReturn:
         namespaces.write_maps(tools.proc, namespaces.NOBODY, namespaces.NOBODY)
         namespaces.mount_case_directory(file_mb)
         lock_down(tools)
-        cell = Cell(tools, control, namespaces.CASE_DIR)
+        cell = Cell(tools, control, (namespaces.CASE_DIR,), namespaces.restore_case_directory)
         judge.send(b'{"ready": true}')
         while True:
             message, fds, _, _ = socket.recv_fds(judge, MESSAGE_BYTES, 3)
@@ -93,11 +94,14 @@ def lock_down(tools: Tools) -> None:
 class Cell:
     """Runs cases one at a time; ``hangup`` is a descriptor that is readable once nobody waits for the answer."""
 
-    def __init__(self, tools: Tools, hangup: int, directory: str) -> None:
+    def __init__(
+        self, tools: Tools, hangup: int, directories: tuple[str, ...], restore: Callable[[], None] = lambda: None
+    ) -> None:
         self.tools = tools
+        self.restore = restore
         self.scales = Scales(tools.proc)
         self.hangup = hangup
-        self.directory = directory
+        self.directories = directories
 
     def run(self, limits: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         """Run one case on three files (request, report, output), which are closed; how it ended.
@@ -146,21 +150,20 @@ class Cell:
     def emptied(self) -> bool:
         """Leave the next case nothing of this one's files; False if that does not work, whatever the reason."""
         try:
-            for entry in os.scandir(self.directory):
-                if entry.is_dir(follow_symlinks=False):
-                    for inner in os.scandir(entry.path):
-                        if inner.is_dir(follow_symlinks=False):
-                            shutil.rmtree(inner.path)
-                        else:
-                            os.unlink(inner.path)
-                    os.rmdir(entry.path)
-                else:
-                    os.unlink(entry.path)
-            os.chmod(self.directory, 0o700)
-            namespaces.make_case_directories(self.directory)
-            return not os.listxattr(self.directory)
+            for directory in self.directories:
+                _empty(directory)
+            self.restore()
+            return not any(map(os.listxattr, self.directories))
         except (OSError, RecursionError):
             return False
+
+
+def _empty(directory: str) -> None:
+    for entry in os.scandir(directory):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
 
 
 class _Watch:

@@ -8,25 +8,21 @@ namespaces, prepared ahead of demand, in which each case is a process of its own
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import ClassVar
 
-from agentopd.contracts import Case, CaseResult, CaseStatus, Program, SandboxLimits
+from agentopd.contracts import Case, CaseResult, Program, SandboxLimits
 from agentopd.errors import SandboxError
-from agentopd_sandboxes.protocol import checked, checked_workers, encode_request, new_request_id, to_result
-from agentopd_sandboxes.slot import Cell, CellDied, Zygote
+from agentopd_sandboxes.pool import CellDied, Worker, run_program
+from agentopd_sandboxes.pool import probe as probe_worker
+from agentopd_sandboxes.protocol import checked, checked_workers
+from agentopd_sandboxes.slot import Cell, Zygote
 
 RECYCLE_AFTER = 1000
 """Cells after which a zygote is replaced, so that whatever it may have gathered is bounded."""
-CASES_PER_LANE = 4
-"""A program with more cases than this is spread over several free workers from the start."""
-PATIENCE_S = 0.02
-"""A program that still has cases after this long gets one more free worker."""
-
 _DEFAULT_LIMITS = SandboxLimits()
-_PROBE = (Program("import colorsys"), Case("probe", "1 + 1"))
 
 
 class JailSandbox:
@@ -61,7 +57,7 @@ class JailSandbox:
             self._loop = loop
             self._free = asyncio.Semaphore(self.workers)
         if not self._all:
-            async with self._worker():
+            async with self.lease():
                 pass
 
     async def run_cases(
@@ -72,37 +68,19 @@ class JailSandbox:
         Raises ``SandboxError`` for a fault of the machinery, ``TaskError`` for arguments that are not plain data.
         """
         await self.start()
-        run = _Run(self, program, cases, self.limits if limits is None else checked(limits))
-        count = max(1, min(self.workers, len(cases) // CASES_PER_LANE))
-        lanes = [asyncio.create_task(run.lane()) for _ in range(count)]
-        try:
-            pending = set(lanes)
-            while pending:
-                done, pending = await asyncio.wait(pending, timeout=PATIENCE_S, return_when=asyncio.FIRST_EXCEPTION)
-                for lane in done:
-                    lane.result()
-                if run.todo and not self._free.locked():
-                    lanes.append(asyncio.create_task(run.lane()))
-                    pending.add(lanes[-1])
-        finally:
-            for lane in lanes:
-                lane.cancel()
-            await asyncio.gather(*lanes, return_exceptions=True)
-        return run.results()
+        return await run_program(self, program, cases, self.limits if limits is None else checked(limits))
 
     async def aclose(self) -> None:
         """Kill every worker and case, and wait until they are gone; idempotent."""
         self._close_all()
         self._loop = None
 
-    @asynccontextmanager
-    async def cell(self) -> AsyncIterator[_Worker]:
-        """A worker with a cell that no program has used, for one program."""
-        async with self._worker() as worker:
-            yield worker
+    def has_room(self) -> bool:
+        """Whether a worker is free."""
+        return not self._free.locked()
 
     @asynccontextmanager
-    async def _worker(self) -> AsyncIterator[_Worker]:
+    async def lease(self) -> AsyncIterator[_Worker]:
         """A healthy worker, put back afterwards unless it was discarded, failed, interrupted or is due for renewal."""
         async with self._free:
             worker = self._idle.pop() if self._idle else await self._spawn()
@@ -121,13 +99,7 @@ class JailSandbox:
         self._all.add(worker)
         try:
             await worker.zygote.ready()
-            program, case = _PROBE
-            request_id = new_request_id()
-            cell = await worker.cell(self.limits.file_mb)
-            outcome = await cell.call(encode_request(request_id, program, case), _DEFAULT_LIMITS)
-            result = to_result(case, request_id, outcome, _DEFAULT_LIMITS)
-            if result.value != 2:
-                raise SandboxError(f"a new sandbox worker failed its self-test: {result.status} {result.detail}")
+            await probe_worker(worker, replace(_DEFAULT_LIMITS, file_mb=self.limits.file_mb))
             worker.leave()
             worker.prepare()
         except CellDied:
@@ -148,8 +120,9 @@ class JailSandbox:
         else:
             self._idle.append(worker)
 
-    def discard(self, worker: _Worker) -> None:
+    def discard(self, worker: Worker) -> None:
         """Kill a worker and all its cells."""
+        assert isinstance(worker, _Worker)
         self._all.discard(worker)
         worker.close()
 
@@ -171,12 +144,12 @@ class _Worker:
         self.used: Cell | None = None
         self.next: Cell | None = None
 
-    async def cell(self, file_mb: int) -> Cell:
+    async def cell(self, limits: SandboxLimits) -> Cell:
         """The cell of the current program; a fresh one if there is none that can go on."""
         if self.used is None or not self.used.usable:
             self.leave()
-            if self.next is None or self.next.file_mb != file_mb:
-                self.used = self.zygote.new_cell(file_mb)
+            if self.next is None or self.next.file_mb != limits.file_mb:
+                self.used = self.zygote.new_cell(limits.file_mb)
             else:
                 self.used, self.next = self.next, None
             await self.used.ready()
@@ -200,49 +173,6 @@ class _Worker:
                 cell.close()
         self.used = self.next = None
         self.zygote.close()
-
-
-class _Run:
-    """One program's cases, shared out among the lanes that run them."""
-
-    def __init__(self, sandbox: JailSandbox, program: Program, cases: Sequence[Case], limits: SandboxLimits) -> None:
-        self.sandbox = sandbox
-        self.limits = limits
-        self.cases = cases
-        ids = [new_request_id() for _ in cases]
-        self.requests = [(id_, encode_request(id_, program, case)) for id_, case in zip(ids, cases, strict=True)]
-        self.todo = deque(range(len(cases)))
-        self.deaths = [0] * len(cases)
-        self.found: dict[int, CaseResult] = {}
-
-    async def lane(self) -> None:
-        """Run cases on one worker until none is left. A worker that dies under one is replaced."""
-        while self.todo:
-            async with self.sandbox.cell() as worker:
-                while self.todo:
-                    index = self.todo.popleft()
-                    if self.deaths[index] == 2:  # the new worker has just passed its self-test
-                        self.found[index] = CaseResult(
-                            self.cases[index].id, CaseStatus.CRASH, detail="it killed its sandbox twice"
-                        )
-                        continue
-                    try:
-                        await self._one(worker, index)
-                    except CellDied:
-                        self.deaths[index] += 1
-                        self.todo.appendleft(index)
-                        self.sandbox.discard(worker)
-                        break
-
-    async def _one(self, worker: _Worker, index: int) -> None:
-        request_id, request = self.requests[index]
-        cell = await worker.cell(self.limits.file_mb)
-        outcome = await cell.call(request, self.limits)
-        self.found[index] = to_result(self.cases[index], request_id, outcome, self.limits)
-
-    def results(self) -> list[CaseResult]:
-        """In the order of the cases."""
-        return [self.found[index] for index in range(len(self.cases))]
 
 
 def probe() -> frozenset[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 from ctypes import create_string_buffer
 
 from agentopd_sandboxes.linux import syscall
@@ -33,8 +34,8 @@ def abi() -> int:
         return 0
 
 
-def build_ruleset(writable: str) -> int | None:
-    """A ruleset descriptor: read everything, use ``/dev``, write beneath ``writable``; None without Landlock."""
+def build_ruleset(*writable: str, readable: Iterable[str] = ("/",)) -> int | None:
+    """A ruleset descriptor: read ``readable``, use ``/dev``, write beneath ``writable``; None without Landlock."""
     version = abi()
     if version < 1:
         return None
@@ -43,9 +44,11 @@ def build_ruleset(writable: str) -> int | None:
     size = 8 if version < 4 else 16 if version < 6 else 24
     buffer = create_string_buffer(attributes, len(attributes))
     ruleset = syscall("landlock_create_ruleset", _NR_CREATE_RULESET, buffer, size, 0)
-    _allow(ruleset, "/", _READ_FILE | _READ_DIR)
+    for path in readable:
+        _allow(ruleset, path, _READ_FILE | _READ_DIR)
     _allow(ruleset, "/dev", _READ_FILE | _READ_DIR | _WRITE_FILE)
-    _allow(ruleset, writable, handled & ~(_EXECUTE | _MAKE_CHAR | _MAKE_BLOCK))
+    for path in writable:
+        _allow(ruleset, path, handled & ~(_EXECUTE | _MAKE_CHAR | _MAKE_BLOCK))
     return ruleset
 
 

@@ -103,6 +103,8 @@ _DENIED: dict[str, tuple[int, int]] = {
     "mq_open": (240, 180),
 }
 
+_CONTAINER_NEEDS = {"execve", "execveat", "memfd_create", "chroot", "pivot_root", "mount", "umount2", "sethostname"}
+
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _COLUMN = {"x86_64": 0, "aarch64": 1}
 _CLONE = (56, 220)
@@ -193,3 +195,16 @@ def build_filter(machine: str, guarded: Collection[int] = ()) -> bytes:
             _op(_RETURN, _ALLOW),
         )
     )
+
+
+def container_profile() -> dict[str, object]:
+    """The same deny-list as a profile for container engines, less what starting a container needs.
+
+    It stands behind the filter that every case puts on itself, and covers the agent too.
+    """
+    names = sorted(set(_DENIED) - _CONTAINER_NEEDS)
+    return {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_AARCH64"],
+        "syscalls": [{"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM}],
+    }

@@ -17,6 +17,7 @@ from agentopd.contracts import SandboxLimits
 from agentopd.errors import SandboxError, boundary
 from agentopd_sandboxes import linux, wire
 from agentopd_sandboxes.cell import PATIENCE
+from agentopd_sandboxes.pool import CellDied
 from agentopd_sandboxes.protocol import Outcome
 from agentopd_sandboxes.remedies import remedy
 
@@ -26,16 +27,18 @@ GRACE_S = 30.0
 REPLY_BYTES = 64 * 1024
 STOP_S = 10.0
 
-_PACKAGE = Path(__file__).resolve().parent
-# A stand-in package keeps the real one's __init__, and with it everything the judge imports, out of the zygote.
-_BOOT = (
+PACKAGE = Path(__file__).resolve().parent
+# A stand-in package keeps the real one's __init__, and with it everything the judge imports, out of the sandbox.
+BOOT = (
     "import sys, types; package = types.ModuleType('agentopd_sandboxes'); package.__path__ = [sys.argv[1]]; "
-    "sys.modules[package.__name__] = package; from agentopd_sandboxes import zygote; zygote.main()"
+    "sys.modules[package.__name__] = package; "
 )
+_ZYGOTE = BOOT + "from agentopd_sandboxes import zygote; zygote.main()"
 
 
-class CellDied(SandboxError):
-    """A zygote or a cell ended without a word. Whose fault that was is not known yet."""
+def interpreter() -> str:
+    """The interpreter behind a virtual environment: the one that has the standard library."""
+    return getattr(sys, "_base_executable", None) or sys.executable
 
 
 class Zygote:
@@ -58,10 +61,9 @@ class Zygote:
                 raise
 
     def _start_keeper(self, inner: socket.socket) -> subprocess.Popen[bytes]:
-        interpreter = getattr(sys, "_base_executable", None) or sys.executable
-        arguments = [str(_PACKAGE), str(inner.fileno()), str(os.getpid())]
+        arguments = [str(PACKAGE), str(inner.fileno()), str(os.getpid())]
         return subprocess.Popen(
-            [interpreter, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, *arguments],
+            [interpreter(), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _ZYGOTE, *arguments],
             stdin=subprocess.PIPE,  # never written to: its end tells the keeper that we are gone
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
@@ -146,7 +148,7 @@ class Cell:
             files = [os.memfd_create(name) for name in ("request", "report", "output")]
             for file in files:
                 stack.callback(os.close, file)
-            _write_all(files[0], request)
+            write_all(files[0], request)
             reply = await self._ask(limits, files)
             self.usable = not reply.get("last", False)
             return Outcome(
@@ -185,7 +187,8 @@ async def _receive(control: socket.socket) -> dict[str, Any]:
     return decoded
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes) -> None:
+    """Write everything."""
     left = memoryview(data)
     while left:
         left = left[os.write(fd, left) :]

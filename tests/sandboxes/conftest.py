@@ -10,6 +10,7 @@ import pytest
 from agentopd.contracts import Case, CaseResult, Program, SandboxLimits
 from agentopd.errors import SandboxError
 from agentopd_sandboxes import JailSandbox
+from agentopd_sandboxes.docker import Engine
 
 Run = Callable[..., CaseResult]
 
@@ -48,3 +49,17 @@ def run(jail_works: None) -> Iterator[Run]:
     yield one
     loop.run_until_complete(sandbox.aclose())
     loop.close()
+
+
+@pytest.fixture(scope="session")
+def docker_client() -> Iterator[Any]:
+    """A client of the engine at ``DOCKER_HOST``; skips without one, unless ``AGENTOPD_REQUIRE_DOCKER`` is set."""
+    engine = Engine(os.environ.get("DOCKER_HOST") or "")
+    try:
+        client = engine.client()
+    except SandboxError as exc:
+        if os.environ.get("AGENTOPD_REQUIRE_DOCKER"):
+            raise
+        pytest.skip(f"{exc} (see .ci/run for how to start one)")
+    yield client
+    engine.close()

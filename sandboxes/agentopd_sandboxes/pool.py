@@ -1,0 +1,132 @@
+"""How the cases of one program are shared out among workers; the same for every backend that runs cells."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from agentopd.contracts import Case, CaseResult, CaseStatus, Program, SandboxLimits
+from agentopd.errors import SandboxError
+from agentopd_sandboxes.protocol import Outcome, encode_request, new_request_id, to_result
+
+CASES_PER_LANE = 4
+"""A program with more cases than this is spread over several free workers from the start."""
+PATIENCE_S = 0.02
+"""A program that still has cases after this long gets one more free worker."""
+PROBE = (Program("import colorsys"), Case("probe", "1 + 1"))
+
+
+class CellDied(SandboxError):
+    """A worker or a cell ended without a word. Whose fault that was is not known yet."""
+
+
+class Cell(Protocol):
+    """A place for the cases of one program, one at a time."""
+
+    async def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
+        """Run one encoded request in a fresh process; ``CellDied`` or ``SandboxError``."""
+        ...
+
+
+class Worker(Protocol):
+    """Whatever hands out cells to one program at a time."""
+
+    async def cell(self, limits: SandboxLimits) -> Cell:
+        """The program's cell, or a fresh one where that cannot go on."""
+        ...
+
+
+class Pool(Protocol):
+    """A sandbox as ``run_program`` sees it."""
+
+    workers: int
+
+    def lease(self) -> AbstractAsyncContextManager[Worker]:
+        """A healthy worker for one program."""
+        ...
+
+    def discard(self, worker: Worker) -> None:
+        """Get rid of a worker that failed."""
+        ...
+
+    def has_room(self) -> bool:
+        """Whether a worker is free."""
+        ...
+
+
+async def run_program(pool: Pool, program: Program, cases: Sequence[Case], limits: SandboxLimits) -> list[CaseResult]:
+    """Run every case once; results in the order of ``cases``."""
+    run = _Run(pool, program, cases, limits)
+    count = max(1, min(pool.workers, len(cases) // CASES_PER_LANE))
+    lanes = [asyncio.create_task(run.lane()) for _ in range(count)]
+    try:
+        pending = set(lanes)
+        while pending:
+            done, pending = await asyncio.wait(pending, timeout=PATIENCE_S, return_when=asyncio.FIRST_EXCEPTION)
+            for lane in done:
+                lane.result()
+            if run.todo and pool.has_room():
+                lanes.append(asyncio.create_task(run.lane()))
+                pending.add(lanes[-1])
+    finally:
+        for lane in lanes:
+            lane.cancel()
+        await asyncio.gather(*lanes, return_exceptions=True)
+    return run.results()
+
+
+async def probe(worker: Worker, limits: SandboxLimits) -> None:
+    """Run a case whose value is known; ``SandboxError`` if it does not come back."""
+    program, case = PROBE
+    request_id = new_request_id()
+    cell = await worker.cell(limits)
+    outcome = await cell.call(encode_request(request_id, program, case), limits)
+    result = to_result(case, request_id, outcome, limits)
+    if result.value != 2:
+        raise SandboxError(f"a new sandbox worker failed its self-test: {result.status} {result.detail}")
+
+
+class _Run:
+    """One program's cases, and what became of them."""
+
+    def __init__(self, pool: Pool, program: Program, cases: Sequence[Case], limits: SandboxLimits) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.cases = cases
+        ids = [new_request_id() for _ in cases]
+        self.requests = [(id_, encode_request(id_, program, case)) for id_, case in zip(ids, cases, strict=True)]
+        self.todo = deque(range(len(cases)))
+        self.deaths = [0] * len(cases)
+        self.found: dict[int, CaseResult] = {}
+
+    async def lane(self) -> None:
+        """Run cases on one worker until none is left. A worker that dies under one is replaced."""
+        while self.todo:
+            async with self.pool.lease() as worker:
+                while self.todo:
+                    index = self.todo.popleft()
+                    if self.deaths[index] == 2:  # who did it? the case, if a fresh worker lives on without it
+                        await probe(worker, self.limits)
+                        detail = "it killed its sandbox twice"
+                        self.found[index] = CaseResult(self.cases[index].id, CaseStatus.CRASH, detail=detail)
+                        continue
+                    try:
+                        await self._one(worker, index)
+                    except CellDied:
+                        self.deaths[index] += 1
+                        self.todo.appendleft(index)
+                        self.pool.discard(worker)
+                        break
+
+    async def _one(self, worker: Worker, index: int) -> None:
+        request_id, request = self.requests[index]
+        cell = await worker.cell(self.limits)
+        outcome = await cell.call(request, self.limits)
+        self.found[index] = to_result(self.cases[index], request_id, outcome, self.limits)
+
+    def results(self) -> list[CaseResult]:
+        """In the order of the cases."""
+        return [self.found[index] for index in range(len(self.cases))]
