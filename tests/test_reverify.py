@@ -85,7 +85,7 @@ def test_a_changed_verdict_shows(keep):
     path = keep("ab")
     row = json.loads(path.read_text())
     row["verdict"] |= {"outcome": 0.0, "reward": 0.0, "status": "wrong"}
-    path.write_text(json.dumps(row))
+    path.write_text(json.dumps(row) + "\n")
     (found,) = asyncio.run(rejudge(path))
     assert (found.stored, found.now) == ("wrong 0.0 0.0", "ok 1.0 1.0")
 

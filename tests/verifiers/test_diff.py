@@ -1,7 +1,7 @@
 """The gated penalty of code repair."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentopd_verifiers.diff import gated_reward, measure, patch_penalty, penalty
@@ -175,6 +175,7 @@ EXTRAS = st.lists(
 )
 
 
+@settings(max_examples=30)
 @given(VARIANTS, EXTRAS, VARIANTS, EXTRAS, UNIT)
 def test_random_patches_keep_the_order(first, before, second, after, p):
     """No failing patch outscores a passing one, whatever either costs."""
@@ -186,6 +187,7 @@ def test_random_patches_keep_the_order(first, before, second, after, p):
     assert gated_reward(True, 1.0, passing) >= 0.5 > 0.2 >= gated_reward(False, p, failing)
 
 
+@settings(max_examples=30)
 @given(VARIANTS, EXTRAS, VARIANTS, EXTRAS)
 def test_a_patch_smaller_than_gold_is_never_punished(value, extra, best, more):
     mine, gold = (
@@ -199,6 +201,7 @@ def test_a_patch_smaller_than_gold_is_never_punished(value, extra, best, more):
         assert parts.total == 0.0
 
 
+@settings(max_examples=30)
 @given(EXTRAS, st.integers(0, 3), st.booleans())
 def test_layout_of_any_patch_gains_nothing(extra, blank, crlf):
     text = STARTER.replace("    return w + h\n", "".join(extra) + "    return w * h\n")
