@@ -53,7 +53,7 @@ def inspected(run: Run, item: ScoredEpisode, tasks: Mapping[str, Task]) -> KeptE
         sigma = torch.from_numpy(verdict_signs(item, run.blocks)).to(delta)
         weight = shown_weight(run.blocks.router, sigma, delta)
         weights = tuple(0.0 if reason else float(value) for value, reason in zip(weight, reasons, strict=True))
-    decode = run.policy.tokenizer.decode
+    decode, config = run.policy.tokenizer.decode, run.skills[episode.skill].config
     return KeptEpisode(
         step=run.step,
         skill=episode.skill,
@@ -61,6 +61,8 @@ def inspected(run: Run, item: ScoredEpisode, tasks: Mapping[str, Task]) -> KeptE
         episode=episode,
         verdict=item.verdict,
         task=tasks[episode.task_id],
+        environment=config.env,
+        verifier=config.verifier or "",
         tokens=tuple(decode([token], skip_special_tokens=False) for token in episode.token_ids),
         teacher_logprobs=teacher,
         weights=weights,

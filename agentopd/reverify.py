@@ -9,7 +9,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from agentopd.build import Judge, Skill, build_sandbox
+from agentopd.config import load_run_config
 from agentopd.config.run import SandboxConfig, SkillConfig
+from agentopd.contracts import Sandbox
 from agentopd.errors import UserError
 from agentopd.registry import environments
 from agentopd.tracking import KeptEpisode, read_jsonl
@@ -35,15 +37,14 @@ async def rejudge(path: Path) -> list[Rejudged]:
     kept = [_parse(file, row) for file in files for row in read_jsonl(file)]
     if not kept:
         raise UserError(f"{str(path)!r} holds no kept episode: give a JSONL file, or a run's episodes folder")
-    names = sorted({(item.skill, item.episode.env) for item in kept})
-    skills = [Skill(SkillConfig(name=skill, env=env), environments.get(env)) for skill, env in names]
-    judge = Judge(skills, build_sandbox(SandboxConfig()))
+    sandbox = build_sandbox(_sandbox_config(path))
+    judges = {origin: _judge(*origin, sandbox) for origin in {_origin(item) for item in kept}}
     gate = asyncio.Semaphore(64)
 
     async def one(item: KeptEpisode) -> Rejudged:
         assert item.task is not None  # _parse refuses lines without one
         async with gate:
-            now = await judge(item.task, item.episode)
+            now = await judges[_origin(item)](item.task, item.episode)
         stored = item.verdict
         return Rejudged(
             item.episode.id,
@@ -54,7 +55,24 @@ async def rejudge(path: Path) -> list[Rejudged]:
     try:
         return list(await asyncio.gather(*(one(item) for item in kept)))
     finally:
-        await judge.sandbox.aclose()
+        await sandbox.aclose()
+
+
+def _origin(item: KeptEpisode) -> tuple[str, str, str]:
+    """Skill, environment and verifier, the last '' where it is the environment's own."""
+    return item.episode.skill, item.environment or item.episode.env, item.verifier
+
+
+def _judge(skill: str, env: str, verifier: str, sandbox: Sandbox) -> Judge:
+    config = SkillConfig(name=skill, env=env, verifier=verifier or None)
+    return Judge([Skill(config, environments.get(env))], sandbox)
+
+
+def _sandbox_config(path: Path) -> SandboxConfig:
+    """The sandbox of the run that the episodes lie in; the default one for a file on its own."""
+    configs = (folder / "config.toml" for folder in (path, *path.resolve().parents[:2]))
+    found = next((file for file in configs if file.is_file()), None)
+    return load_run_config(found).sandbox if found else SandboxConfig()
 
 
 def _parse(file: Path, row: dict[str, object]) -> KeptEpisode:

@@ -49,6 +49,10 @@ class KeptEpisode(VersionedRecord):
     verdict: Verdict
     task: Task | None = None
     """The full task, so that the episode can be judged again from this record alone."""
+    environment: str = ""
+    """The environment as the suite names it (a registered name or ``file.py:Class``); '' is the episode's ``env``."""
+    verifier: str = ""
+    """The suite's own choice of verifier; '' is the environment's."""
     tokens: tuple[str, ...]
     teacher_logprobs: tuple[float, ...] = ()
     old_logprobs: tuple[float, ...] = ()

@@ -69,6 +69,26 @@ def test_submit_takes_a_whole_program_only_where_the_task_says_so(play):
     assert refused.episode.final_state == {"program": PROGRAM, "submitted": False}
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(a, b):\n    return a + b + 1\n",
+        "<<<<<<< SEARCH\n    return a - b - 1\n=======\n    return a + b + 1\n>>>>>>> REPLACE\n",
+        "@@ -1,2 +1,2 @@\n def f(a, b):\n-    return a - b - 1\n+    return a + b + 1\n",
+    ],
+)
+def test_submit_takes_patches_in_several_forms(play, code):
+    played = play(CodeRepairEnvironment, task(), [tool_turn("submit", code=code)])
+    assert played.episode.final_state == {"program": "def f(a, b):\n    return a + b + 1\n", "submitted": True}
+
+
+def test_a_patch_that_does_not_apply_is_told_and_not_handed_in(play):
+    code = "<<<<<<< SEARCH\nx\n=======\ny\n>>>>>>> REPLACE\n"
+    played = play(CodeRepairEnvironment, task(), [tool_turn("submit", code=code)])
+    assert contents(played) == ["error: SEARCH block 1: text not found; nothing was handed in"]
+    assert played.episode.final_state == {"program": PROGRAM, "submitted": False}
+
+
 def test_no_submission_is_recorded_as_such(play):
     turns = [tool_turn("edit", old="a - b", new="a + b")]
     assert play(CodeRepairEnvironment, task(), turns).episode.final_state["submitted"] is False

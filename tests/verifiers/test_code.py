@@ -7,8 +7,11 @@ import pytest
 from agentopd.contracts import CaseResult, CaseStatus
 from agentopd.errors import InfraError, SandboxError
 from agentopd.types import VerdictStatus
+from agentopd_envs import tool_turn
+from agentopd_envs.code_repair import CodeRepairEnvironment
 from agentopd_sandboxes.jail import JailSandbox
 from agentopd_verifiers.code import CodeVerifier
+from agentopd_verifiers.edits import find_edits
 
 STARTER = "def f(x, y):\n    return x + y\n\n\ndef g(x):\n    return x\n"
 GOLD = STARTER.replace("x + y", "x * y")
@@ -131,6 +134,149 @@ def test_equal_programs_run_once_and_get_equal_verdicts(task, submit, process_sa
     assert len(process_sandbox.runs) == 2
     assert asyncio.run(verifier.verify(task, submit(STARTER.replace("+", "-")), process_sandbox)) == verdicts[0]
     assert len(process_sandbox.runs) == 2
+
+
+# --- patches, files and budgets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "def f(x, y):\n    return x * y\n",
+        "<<<<<<< SEARCH\n    return x + y\n=======\n    return x * y\n>>>>>>> REPLACE\n",
+        "--- a/p.py\n+++ b/p.py\n@@ -1,2 +1,2 @@\n def f(x, y):\n-    return x + y\n+    return x * y\n",
+    ],
+)
+def test_a_patch_is_applied_to_the_starting_program(task, make_episode, judge, process_sandbox, patch):
+    episode = make_episode(final_state={"patch": patch, "submitted": True})
+    verdict = judge(CodeVerifier(), task, episode, process_sandbox)
+    assert (verdict.outcome, verdict.reward, verdict.components["diff_tokens"]) == (1.0, 1.0, 1.0)
+
+
+def test_a_patch_that_does_not_apply_is_a_verdict(task, make_episode, judge, process_sandbox):
+    patch = "<<<<<<< SEARCH\nnot there\n=======\nx\n>>>>>>> REPLACE\n"
+    episode = make_episode(final_state={"patch": patch, "submitted": True})
+    verdict = judge(CodeVerifier(), task, episode, process_sandbox)
+    assert (verdict.outcome, verdict.reward, verdict.status) == (0.0, 0.0, VerdictStatus.FORMAT)
+    assert verdict.detail == "the patch does not apply: SEARCH block 1: text not found"
+    assert process_sandbox.runs == []
+
+
+@pytest.mark.parametrize(
+    ("files", "outcome", "flags"),
+    [
+        ({"test_f.py": "assert f(2, 2) == 4", "data.txt": "1\n2"}, 1.0, []),
+        ({"test_f.py": "", "data.txt": "1\n2"}, 0.0, ["edited_tests"]),
+        ({"data.txt": "1\n2"}, 0.0, ["edited_tests"]),
+        ({"test_f.py": "assert f(2, 2) == 4", "data.txt": "1\n2", "conftest.py": ""}, 0.0, ["edited_tests"]),
+        ({"test_f.py": "assert f(2, 2) == 4", "data.txt": "1\r\n2\r\n"}, 1.0, ["unrelated_files"]),
+        ({"test_f.py": "assert f(2, 2) == 4", "data.txt": "1\n2", "poetry.lock": "x\n" * 90}, 1.0, ["unrelated_files"]),
+        ({"test_f.py": "assert f(2, 2) == 4", "data.txt": "\0"}, 1.0, ["unrelated_files"]),
+        ({"test_f.py": "assert f(2, 2) == 4", "data.txt": {"link": "/etc/passwd"}}, 1.0, ["unrelated_files"]),
+    ],
+)
+def test_other_files_are_never_run_and_always_count(
+    make_task, judge, make_episode, files, outcome, flags, process_sandbox
+):
+    shipped = {"test_f.py": "assert f(2, 2) == 4", "data.txt": "1\n2"}
+    task = make_task({"cases": CASES, "gold": GOLD, "starter": STARTER}, {"program": STARTER, "files": shipped})
+    state = {"program": GOLD, "submitted": True, "files": files}
+    verdict = judge(CodeVerifier(), task, make_episode(final_state=state), process_sandbox)
+    assert (verdict.outcome, [flag.code for flag in verdict.flags]) == (outcome, flags)
+    if "edited_tests" in flags:
+        assert (verdict.status, verdict.reward) == (VerdictStatus.TAMPERED, 0.0)
+    elif flags:
+        assert 0.5 <= verdict.reward < 1.0 and verdict.components["penalty_unrelated"] > 0
+
+
+def test_without_gold_the_budget_is_free(make_task, submit, judge, process_sandbox):
+    large = GOLD.replace("    return x * y", "    total = 0\n    total += x * y\n    total += 0\n    return total")
+    rewards = []
+    for budget in ({"budget": 2}, {}, {"budget": 40}):
+        task = make_task({"cases": CASES, "starter": STARTER, **budget})
+        rewards.append(judge(CodeVerifier(), task, submit(large), process_sandbox).reward)
+    assert rewards[0] < rewards[1] == rewards[2] == 1.0
+    task = make_task({"cases": CASES, "starter": STARTER, "budget": 0})
+    assert judge(CodeVerifier(), task, submit(large), process_sandbox).status is VerdictStatus.TASK_ERROR
+
+
+# --- certificates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repair(task, act, judge, certified, process_sandbox):
+    """Play edits and a hand-in in the real environment; the verdict, and what it certifies."""
+
+    def run(*turns, submit=True):
+        last = (tool_turn("submit"),) if submit else ()
+        episode = act(CodeRepairEnvironment, task, [*turns, *last], process_sandbox)
+        verdict = judge(CodeVerifier(), task, episode, process_sandbox)
+        return verdict, [(turn, sign, kind) for turn, sign, kind, _ in certified(verdict, episode)]
+
+    return run
+
+
+def edit(old, new):
+    return tool_turn("edit", old=old, new=new)
+
+
+def test_a_lone_edit_that_solves_the_task_costs_one_run(repair, process_sandbox):
+    verdict, found = repair(edit("x + y", "x * y"))
+    assert verdict.passed and found == []
+    assert len(process_sandbox.runs) == 1
+
+
+def test_each_edit_is_judged_by_what_it_alone_did(repair):
+    verdict, found = repair(
+        edit("x + y", "x * y if x < 10 else 0"),
+        edit("not there", "x"),
+        edit("x * y if x < 10 else 0", "0"),
+        edit("0", "x * y"),
+        edit("return x\n", "return x  # same\n"),
+    )
+    assert verdict.passed
+    assert found == [(0, 1, "fixed_tests"), (1, -1, "failed_call"), (2, -1, "broke_tests"), (3, 1, "fixed_tests")]
+    details = [item.detail for item in verdict.certificates]
+    assert details == ["2 fixed, 0 broken", "", "0 fixed, 3 broken", "4 fixed, 0 broken"]
+
+
+def test_only_the_last_edits_are_run(repair):
+    turns = [edit("x + y", "x * y if x < 10 else 0"), *[edit("def g", "#\ndef g")] * 4]
+    _, found = repair(*turns)
+    assert found == []
+
+
+def test_a_good_edit_of_a_failed_episode_is_good(repair, process_sandbox):
+    verdict, found = repair(edit("x + y", "x * y if x < 10 else 0"))
+    assert verdict.outcome == 0.0
+    assert found == [(0, 1, "fixed_tests")]
+    assert len(process_sandbox.runs) == 2
+
+
+def test_fitting_the_case_that_was_shown_is_not_a_good_edit(repair):
+    verdict, found = repair(edit("x + y", "12 if x == 3 and y == 4 else x + y"))
+    assert verdict.outcome == 0.0 and verdict.components["p"] > 0
+    assert found == []
+
+
+def test_a_program_that_tampers_certifies_nothing(repair):
+    verdict, found = repair(edit("def g", "import builtins\nbuiltins.eval = lambda *a: 0\ndef g"))
+    assert verdict.status is VerdictStatus.TAMPERED and found == []
+
+
+def test_nothing_handed_in_certifies_nothing(repair, process_sandbox):
+    verdict, found = repair(edit("x + y", "x * y"), submit=False)
+    assert verdict.status is VerdictStatus.NO_ANSWER and found == []
+    assert process_sandbox.runs == []
+
+
+def test_a_log_that_does_not_lead_to_the_program_certifies_no_edit(make_episode):
+    episode = make_episode(calls=[("edit", {}, True)], final_state={"program": GOLD})
+    assert find_edits(episode, STARTER) == []
+    log = [{"path": ["program"], "value": GOLD}]
+    event = episode.events[0].model_copy(update={"data": {"name": "edit", "ok": True, "changes": log}})
+    (only,) = find_edits(episode.model_copy(update={"events": (event,)}), STARTER)
+    assert (only.before, only.after) == (STARTER, GOLD)
 
 
 class BrokenSandbox:

@@ -1,7 +1,7 @@
 """Patches as students write them: what applies, and what is said of the rest."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentopd_verifiers.patches import PatchError, apply_patch
@@ -121,6 +121,7 @@ def test_what_does_not_apply_says_why(patch, why):
 PIECES = ["<<<<<<< SEARCH\n", "=======\n", ">>>>>>> REPLACE\n", "@@ -1,2 +1,2 @@\n", "--- a/x\n", "+++ b/x\n", "```\n"]
 
 
+@settings(max_examples=40)
 @given(
     st.lists(
         st.sampled_from([*PIECES, "-LIMIT = 3\n", "+LIMIT = 4\n", " \n", "\n", "def area(w, h):\n", "\\x\n"]),

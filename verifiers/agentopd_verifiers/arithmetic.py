@@ -24,6 +24,7 @@ MAX_LINE = 400
 MAX_SIDE = 80
 """Characters of one side of an equation."""
 
+_PLAIN = re.compile(r"[\d\s+\-*/()=]*")
 _RUN = re.compile(r"[\d\s.+\-*/()=]*=[\d\s.+\-*/()=]*")
 _SIDE = re.compile(r"-?[\d(][\d\s.+\-*/()]*")
 _OPERATION = re.compile(r"[\d)]\s*[+\-*/]")
@@ -79,8 +80,9 @@ def check_line(line: str) -> tuple[Sign, str]:
     """The sign of one line, and the equation that is wrong."""
     if len(line) > MAX_LINE or "=" not in line:
         return 0, ""
-    for pattern, replacement in _SPELLINGS:
-        line = pattern.sub(replacement, line)
+    if not _PLAIN.fullmatch(line):
+        for pattern, replacement in _SPELLINGS:
+            line = pattern.sub(replacement, line)
     signs = []
     for run in _RUN.finditer(line):
         signs.append(_check_run(line, run))

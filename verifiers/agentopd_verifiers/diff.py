@@ -94,8 +94,9 @@ def patch_penalty(
 ) -> tuple[Penalty, Patch]:
     """What turning ``starter`` into ``program`` costs, measured against turning it into ``gold``.
 
-    Complexity is what the patch adds beyond the gold patch. Without gold, no line of the program is unrelated and d0 is
-    ``budget``. ``other_lines`` are changed lines of other files: all unrelated, and part of the patch.
+    Complexity is what the patch adds beyond the gold patch. A patch that costs no more than gold is free, wherever it
+    is. Without gold, no line of the program is unrelated and d0 is ``budget``. ``other_lines`` are changed lines of
+    other files: all unrelated, and part of the patch.
     """
     patch = measure(starter, program)
     reference = measure(starter, gold) if gold is not None else None
@@ -103,9 +104,11 @@ def patch_penalty(
     if reference is not None:
         free = reference.cost
         unrelated += sum(count for region, count in patch.regions.items() if region not in reference.regions)
-    changed = patch.lines + other_lines
+    cost, changed = patch.cost + other_lines, patch.lines + other_lines
+    if reference is not None and cost <= free:
+        return penalty(cost, free, 0, 0.0), patch
     added = patch.cyclomatic - max(0, reference.cyclomatic if reference else 0)
-    return penalty(patch.cost + other_lines, free, added, unrelated / changed if changed else 0.0), patch
+    return penalty(cost, free, added, unrelated / changed if changed else 0.0), patch
 
 
 @lru_cache(maxsize=1024)

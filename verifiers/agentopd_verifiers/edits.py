@@ -43,7 +43,8 @@ def edit_steps(
     known = {id(edit.call.event): edit for edit in edits if edit.before in passed and edit.after in passed}
     steps: list[Step] = []
     for call in recorded_calls(episode):
-        sign, kind, detail = (0 if call.ok else -1), ("call" if call.ok else "failed_call"), ""
+        sign: Sign = 0 if call.ok else -1
+        kind, detail = ("call" if call.ok else "failed_call"), ""
         if edit := known.get(id(call.event)):
             sign, detail = _judge_edit(passed[edit.before], passed[edit.after], held_back)
             kind = "fixed_tests" if sign > 0 else "broke_tests"

@@ -45,10 +45,11 @@ def apply_patch(source: str, patch: str) -> str:
     if len(patch) > MAX_CHARS:
         raise PatchError(f"the patch has more than {MAX_CHARS} characters")
     text = _unfenced(patch)
-    if _SEARCH.search(text):
-        return _apply_blocks(_lines_ended(source), _lines_ended(text))
-    if _HUNK.search(text) or text.lstrip().startswith(_HEADER):
-        return _apply_diff(_lines_ended(source), _lines_ended(text))
+    marked = _lines_ended(text)
+    if _SEARCH.search(marked):
+        return _apply_blocks(_lines_ended(source), marked)
+    if _HUNK.search(marked) or marked.lstrip().startswith(_HEADER):
+        return _apply_diff(_lines_ended(source), marked)
     return _apply_source(source, text)
 
 
@@ -187,7 +188,7 @@ def _merged(
     head = 0
     for item in old.body:
         if id(item) in replaced:
-            body += [*added, replaced[id(item)].with_changes(leading_lines=item.leading_lines)]  # type: ignore[union-attr]
+            body += [*added, replaced[id(item)].with_changes(leading_lines=item.leading_lines)]
             added = []
         else:
             body.append(item)

@@ -73,11 +73,11 @@ class StateVerifier(JudgingVerifier):
         initial, goal = hidden_field(task, "initial", dict), hidden_field(task, "goal", dict)
         comparators = _comparators(task.hidden.get("comparators") or {})
         required, forbidden = (_patterns(task, key) for key in ("required_calls", "forbidden_calls"))
-        if not required and not state_diff(initial, goal, initial, comparators).goals:
-            raise TaskError("the goal equals the initial state and no call is required: doing nothing would pass")
         if "db" not in episode.final_state:
             raise InfraError(f"episode {episode.id}: the environment recorded no final database")
         found = state_diff(initial, goal, episode.final_state["db"], comparators)
+        if not required and not found.goals:
+            raise TaskError("the goal equals the initial state and no call is required: doing nothing would pass")
         made = recorded_calls(episode)
         calls = [call.event for call in made]
         missing = [pattern for pattern in required if not any(_is_call(event, pattern) for event in calls)]
@@ -88,7 +88,7 @@ class StateVerifier(JudgingVerifier):
             float(right),
             _status(right, episode, calls),
             components=_components(found, len(missing), len(crossed), calls),
-            certificates=certify(episode, _steps(episode, made, asked)),
+            certificates=certify(episode, _steps(episode, made, asked, found)),
             flags=[Flag(code="forbidden_call", detail=str(event.data.get("name"))) for event in crossed],
             detail=_detail(found, missing),
         )
@@ -190,14 +190,12 @@ class _Goal:
         return frozenset((*found.unmet, *found.broken))
 
 
-def _steps(episode: Episode, calls: Sequence[Call], goal: _Goal) -> list[Step]:
+def _steps(episode: Episode, calls: Sequence[Call], goal: _Goal, found: StateDiff) -> list[Step]:
     """What the event log says of each call; a call without a known effect stays unknown."""
-    after = _databases(episode, calls, goal.initial)
-    wrong = [goal.wrong(db) for db in after]
+    wrong = _wrong_fields(episode, calls, goal, found)
     steps = []
     for index, call in enumerate(calls):
-        kept = (frozenset[str](), frozenset[str]())
-        sign, kind = _judge_call(call, goal, *(wrong[index : index + 2] if wrong else kept))
+        sign, kind = _judge_call(call, goal, *(wrong[index : index + 2] or (frozenset(), frozenset())))
         steps.append(Step(call.event.turn, sign, kind, call.span))
     return [*steps, *malformed_steps(episode)]
 
@@ -218,21 +216,33 @@ def _judge_call(call: Call, goal: _Goal, before: frozenset[str], after: frozense
     return 0, "call"
 
 
-def _databases(episode: Episode, calls: Sequence[Call], initial: Mapping[str, Any]) -> list[Any]:
-    """The database before the first call and after each, from the log of changes; [] if that does not add up.
+def _wrong_fields(episode: Episode, calls: Sequence[Call], goal: _Goal, found: StateDiff) -> list[frozenset[str]]:
+    """The fields that are wrong before the first call and after each; [] if the log of changes does not add up.
 
     It does not where an environment keeps no such log, or changes its state outside of calls.
     """
-    state: Any = {"db": initial}
-    found = [initial]
-    try:
-        for call in calls:
-            log = [entry for entry in call.event.data["changes"] if entry["path"][:1] == ["db"]]
-            state = replay(state, log) if log else state
-            found.append(state["db"])
-    except (KeyError, TypeError):
+    logs = [_database_log(call) for call in calls]
+    if any(log is None for log in logs):
         return []
-    return found if matches(episode.final_state["db"], found[-1], "strict") else []
+    last = max((index for index, log in enumerate(logs) if log), default=-1)
+    state: Any = {"db": goal.initial}
+    wrong = [frozenset(found.goals)]
+    for index, log in enumerate(logs):
+        if not log:
+            wrong.append(wrong[-1])
+            continue
+        try:
+            state = replay(state, log)
+        except (KeyError, TypeError):
+            return []
+        wrong.append(frozenset((*found.unmet, *found.broken)) if index == last else goal.wrong(state["db"]))
+    return wrong if matches(episode.final_state["db"], state["db"], "strict") else []
+
+
+def _database_log(call: Call) -> list[Any] | None:
+    """The changes of one call to the database; None where none were recorded."""
+    changes = call.event.data.get("changes")
+    return None if changes is None else [entry for entry in changes if entry["path"][:1] == ["db"]]
 
 
 def _detail(found: StateDiff, missing: Sequence[Mapping[str, Any]]) -> str:

@@ -13,6 +13,13 @@ from agentopd_envs.datasets.reading import Row, select
 FILE = "humanevalfix_dev.jsonl"
 SOURCE = Source(dataset="humanevalfix", revision="e17a8f6470264286bc6a52eb8263582083bf3bf6", licence="MIT")
 
+_TELLING = {"humanevalfix_39": "example3", "humanevalfix_89": "test4", "humanevalfix_99": "test1"}
+"""A failing case of rows whose longest examples the shipped program passes, found by running them at this revision.
+
+Rows 82, 140, 149 and 157 fail a single case. It is not shown: with nothing that fails held back, a patch that knows
+only that case would be right.
+"""
+
 
 class HumanEvalFixRow(Row):
     """``test`` judges; ``example_test``, empty in some rows, holds the examples of the description."""
@@ -30,8 +37,10 @@ def tasks(split: Split, limit: int | None, seed: int) -> Iterator[Task]:
     for row in select(FILE, HumanEvalFixRow, limit, seed):
         cases = lift(row.test, row.entry_point)
         examples = lift(row.example_test, row.entry_point, "example") or cases
-        # Which of them fail is not in the data; the longest do most often, the shortest are the trivial ones.
-        shown = sorted(examples, key=call_length, reverse=True)
+        telling = [case for case in (*examples, *cases) if case["id"] == _TELLING.get(row.id)]
+        # Which of the others fail is not in the data; the longest do most often, the shortest are the trivial ones.
+        longest = sorted(examples, key=call_length, reverse=True)
+        shown = [*telling, *(case for case in longest if case not in telling)]
         yield BrokenProgram(
             id=row.id,
             entry_point=row.entry_point,
