@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from agentopd.config.base import Section
 
 NAME = r"^[A-Za-z0-9_.+-]+$"
+
+
+def _toml(value: Any) -> str:
+    """A value as ``--set`` reads it back."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _table_or_list(data: Any) -> Any:
+    return tuple(f"{key}={_toml(value)}" for key, value in data.items()) if isinstance(data, dict) else data
+
+
+Overrides = Annotated[tuple[str, ...], BeforeValidator(_table_or_list)]
+"""``key=value`` strings, or a table of dotted keys."""
 
 
 class ArmConfig(Section):
@@ -16,27 +29,17 @@ class ArmConfig(Section):
 
     preset: str | None = None
     """Starts from this preset's own blocks, whatever the run config chose."""
-    set: tuple[str, ...] = ()
+    set: Overrides = ()
     """``key=value`` as after ``--set``; a table of dotted keys is the same."""
     seeds: tuple[int, ...] = ()
     """Default: the comparison's."""
-
-    @field_validator("set", mode="before")
-    @classmethod
-    def _table_or_list(cls, data: Any) -> Any:
-        return tuple(f"{key}={_toml(value)}" for key, value in data.items()) if isinstance(data, dict) else data
-
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """As given to ``load_run_config``."""
-        return ((f"objective.preset={self.preset}",) if self.preset else ()) + self.set
 
 
 class StartConfig(Section):
     """A run whose final model is every arm's starting student; trained first where it is missing."""
 
     config: str
-    set: tuple[str, ...] = ()
+    set: Overrides = ()
 
 
 class ComparisonConfig(Section):
@@ -49,7 +52,7 @@ class ComparisonConfig(Section):
     """Where the runs and the results go, one directory a run; a second start continues there."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds. Held-out tasks are the same for every arm and seed."""
-    set: tuple[str, ...] = ()
+    set: Overrides = ()
     """Overrides for every arm, applied before its own."""
     arms: dict[str, ArmConfig]
     baseline: str | None = None
@@ -86,10 +89,3 @@ class ComparisonConfig(Section):
 
 START_ARM = "base"
 """The untrained student's row: its scores come from the evaluation with which every run begins."""
-
-
-def _toml(value: Any) -> str:
-    """A value as ``--set`` reads it back."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)

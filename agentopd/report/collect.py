@@ -152,6 +152,8 @@ def _evaluations(folder: Path) -> tuple[list[Stage], EvalResult | None]:
 
 
 def _stage_name(stem: str) -> str:
+    if stem.startswith("after_"):
+        return stem.replace("_", " ", 1)
     head, _, number = stem.rpartition("_")
     return f"{head} {int(number)}" if head == "step" and number.isdigit() else stem
 
