@@ -44,6 +44,13 @@ def test_forward_transfer_is_what_earlier_stages_did_for_a_later_skill():
     assert matrix.by_skill["one"].forward is None and matrix.by_skill["old"].forward is None
 
 
+def test_forward_transfer_ignores_what_the_skills_own_stage_taught():
+    stages = [evaluation(0, a=10), evaluation(2, a=30), evaluation(3, a=80), evaluation(4, a=90)]
+    forward = retention_matrix(stages, learned_at={"a": 3}, begun_at={"a": 1}).by_skill["a"].forward
+    assert forward is not None and forward.mean == pytest.approx(0.2)
+    assert retention_matrix(stages, learned_at={"a": 3}, begun_at={"a": 0}).by_skill["a"].forward is None
+
+
 def test_means_over_skills_have_intervals_around_them():
     matrix = three_stages()
     assert matrix.backward_transfer == pytest.approx((-0.1 - 0.3) / 2)
