@@ -93,11 +93,11 @@ def retention(
     as_json: Json = False,
     plain: Plain = False,
 ) -> None:
-    """The stage x skill matrix of a run or of models; exit code 1 where a declared tolerance is broken."""
+    """The stage x skill matrix of a run or of models; exit code 1 where the suite's tolerated drop is exceeded."""
     from agentopd import commands
 
     names = run or []
-    if not models and (len(names) != 1 or suite is not None):
+    if not models and (len(names) != 1 or suite or learned or limit):
         raise UserError("give one run directory, or --models A B C --suite FILE")
     if not models:
         commands.retention(Path(names[0]), out, as_json, plain)
@@ -106,6 +106,22 @@ def retention(
     else:
         options = commands.EvalOptions(limit, k, temperature, seed, as_json, plain)
         commands.retention_of_models([*models, *names], suite, learned or [], out or Path("runs/retention"), options)
+
+
+@app.command()
+def compare(
+    config: Path,
+    arms: Annotated[Optional[str], typer.Option("--arms", help="Only these, comma-separated.")] = None,  # noqa: UP045
+    seeds: Annotated[Optional[int], typer.Option("--seeds", min=1, help="Only the first so many seeds.")] = None,  # noqa: UP045
+    jobs: Annotated[Optional[int], typer.Option("--jobs", min=1, help="Runs at once.")] = None,  # noqa: UP045
+    results_only: Annotated[bool, typer.Option("--results", help="Train nothing; tabulate what is there.")] = False,
+    as_json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Arms x seeds on one task stream, with paired tests; start it again to continue where it stopped."""
+    from agentopd import commands
+
+    commands.compare(config, arms, seeds, jobs, commands.CompareOutput(results_only, as_json, plain))
 
 
 @app.command()

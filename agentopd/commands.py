@@ -37,6 +37,15 @@ class EvalOptions:
     plain: bool
 
 
+@dataclass(frozen=True)
+class CompareOutput:
+    """What ``agentopd compare`` prints, and whether it trains at all."""
+
+    results_only: bool
+    as_json: bool
+    plain: bool
+
+
 def train(path: Path, overrides: Sequence[str], plain: bool) -> None:
     """``agentopd train``."""
     from agentopd.runs import Run
@@ -161,6 +170,25 @@ def _show_retention(matrix: RetentionMatrix, roles: Mapping[str, str], out: Path
             console.print(f"{skill} lost {lost:.1f} points; tolerated: {100 * (matrix.tolerated_drop or 0):g}")
     if matrix.broken:
         raise SystemExit(1)
+
+
+def compare(path: Path, arms: str | None, seeds: int | None, jobs: int | None, out: CompareOutput) -> None:
+    """``agentopd compare``."""
+    from agentopd.compare import comparison_table, gather, make_plan, work, write_results
+    from agentopd.errors import InfraError
+
+    plan = make_plan(path, arms.split(",") if arms else (), seeds)
+    console = make_console(out.plain or out.as_json, stderr=out.as_json)
+    failures = [] if out.results_only else work(plan, console, jobs)
+    results = gather(plan)
+    files = write_results(results, plan.out)
+    if out.as_json:
+        print(results.model_dump_json())
+    else:
+        console.print(comparison_table(results))
+        console.print("written: " + ", ".join(map(str, files)), soft_wrap=True, markup=False)
+    if failures:
+        raise InfraError(f"{len(failures)} of {results.planned} runs failed; {failures[0]}; logs: {plan.out / 'logs'}")
 
 
 def report(path: Path) -> None:

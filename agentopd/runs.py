@@ -162,9 +162,10 @@ class Run:
                 self.mixture.replay_streams[name] = CoresetStream(chosen, name, self.config.seed)
 
     def _pool(self, name: str) -> list[Task]:
-        """The first training tasks of a skill."""
+        """The first training tasks of a skill, each once."""
         stream = TaskStream(self.skills[name].env, self.skills[name].config, self.config.seed)
-        return stream.take(self.config.replay.coreset.pool)
+        tasks = stream.take(self.config.replay.coreset.pool)
+        return list({task.id: task for task in tasks}.values())
 
     @property
     def finished_stage(self) -> str | None:

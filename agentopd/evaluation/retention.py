@@ -103,14 +103,16 @@ def retention_matrix(
     teacher: EvalResult | None = None,
     seed: int = 0,
     tolerance: Tolerance | None = None,
+    begun_at: Mapping[str, int] | None = None,
 ) -> RetentionMatrix:
     """Build the matrix from evaluations in stage order.
 
     ``learned_at[skill]`` is the index of the stage that taught it (default 0: the starting model could already do it);
-    skills learned at the last stage cannot have been forgotten yet and take no part in the two means. ``teacher`` adds
-    the share of the gap closed between the first stage and the teacher, ``tolerance`` a verdict on every skill that it
-    covers and that was learned before the last stage. Raises ``ValueError`` on empty input, names
-    that do not fit, or an index outside the stages.
+    skills learned at the last stage cannot have been forgotten yet and take no part in the means of what was kept.
+    ``begun_at[skill]`` is the last stage without any training on it (default: the one before), which forward transfer
+    is read from. ``teacher`` adds the share of the gap closed between the first stage and the teacher, ``tolerance`` a
+    verdict on every skill that it covers and that was learned before the last stage. Raises ``ValueError`` on empty
+    input, names that do not fit, or an index outside the stages.
     """
     last = len(results) - 1
     learned = dict(learned_at or {})
@@ -121,7 +123,10 @@ def retention_matrix(
         raise ValueError(f"learned_at {learned} names a stage outside 0..{last}")
     skills = tuple(dict.fromkeys(name for result in results for name in result.tasks))
     columns = {skill: [result.tasks.get(skill) for result in results] for skill in skills}
-    by_skill = {skill: _skill_retention(columns[skill], learned.get(skill, 0), seed) for skill in skills}
+    begun = {skill: max(0, index - 1) for skill, index in learned.items()} | dict(begun_at or {})
+    by_skill = {
+        skill: _skill_retention(columns[skill], learned.get(skill, 0), begun.get(skill, 0), seed) for skill in skills
+    }
     if teacher is not None:
         for skill, kept in by_skill.items():
             gap = gap_closed(columns[skill][0], columns[skill][-1], teacher.tasks.get(skill), seed)
@@ -178,14 +183,14 @@ def gap_closed(
     return GapClosed(value=float((end - start) / (goal - start)), ci95=interval)
 
 
-def _skill_retention(column: Sequence[SkillScore | None], learned: int, seed: int) -> SkillRetention:
+def _skill_retention(column: Sequence[SkillScore | None], learned: int, begun: int, seed: int) -> SkillRetention:
     start, end = column[learned], column[-1]
     change = None
     if start is not None and end is not None and learned < len(column) - 1:
         change = paired_difference(start.task_means, end.task_means, seed)
     forward = None
-    before = column[learned - 1] if learned >= 2 else None
-    if column[0] is not None and before is not None:
+    before = column[begun]
+    if begun > 0 and column[0] is not None and before is not None:
         forward = paired_difference(column[0].task_means, before.task_means, seed)
     earlier = [score for score in column[learned:-1] if score is not None and score.avg_at_k is not None]
     if not earlier or end is None or end.avg_at_k is None:

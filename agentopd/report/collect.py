@@ -86,19 +86,23 @@ class RunData:
         declared = _table(_table(self.config, "suite"), "retention")
         drop, skills = declared.get("tolerated_drop", RetentionConfig().tolerated_drop), declared.get("tasks", ())
         tolerance = Tolerance(float(drop), tuple(skills)) if declared else None
-        return retention_matrix(results, names, self.learned_at, self.teacher, tolerance=tolerance)
+        begun, learned = self._taught()
+        return retention_matrix(results, names, learned, self.teacher, tolerance=tolerance, begun_at=begun)
 
-    @property
-    def learned_at(self) -> dict[str, int]:
-        """The evaluation by which each new skill was learned: that of its stage's end, or the last one."""
-        last = len(self.stages) - 1
-        learned = {skill: last for skill, role in self.roles.items() if role == "new"}
+    def _taught(self) -> tuple[dict[str, int], dict[str, int]]:
+        """By new skill: the last evaluation before its stage, and that of its stage's end (or the last one so far)."""
+        steps = [stage.result.step or 0 for stage in self.stages]
+        last = len(steps) - 1
+        new = [skill for skill, role in self.roles.items() if role == "new"]
+        begun, learned = dict.fromkeys(new, 0), dict.fromkeys(new, last)
         done = 0
         for stage in self.config.get("stages", ()):
+            begun |= dict.fromkeys(
+                stage["skills"], max(i for i, step in enumerate(steps) if step <= max(done, steps[0]))
+            )
             done += int(stage["steps"])
-            reached = (index for index, found in enumerate(self.stages) if (found.result.step or 0) >= done)
-            learned |= dict.fromkeys(stage["skills"], next(reached, last))
-        return learned
+            learned |= dict.fromkeys(stage["skills"], next((i for i, step in enumerate(steps) if step >= done), last))
+        return begun, learned
 
     def missing(self) -> list[str]:
         """What a reader would look for and not find, and why."""
@@ -152,6 +156,8 @@ def _evaluations(folder: Path) -> tuple[list[Stage], EvalResult | None]:
 
 
 def _stage_name(stem: str) -> str:
+    if stem.startswith("after_"):
+        return stem.replace("_", " ", 1)
     head, _, number = stem.rpartition("_")
     return f"{head} {int(number)}" if head == "step" and number.isdigit() else stem
 

@@ -1,0 +1,8 @@
+"""Arms x seeds on one task stream: plan the runs, work through them, and say which differences are real."""
+
+from agentopd.compare.export import comparison_table, write_results
+from agentopd.compare.plan import Plan, PlannedRun, make_plan
+from agentopd.compare.queue import work
+from agentopd.compare.results import Results, gather
+
+__all__ = ["Plan", "PlannedRun", "Results", "comparison_table", "gather", "make_plan", "work", "write_results"]

@@ -1,0 +1,109 @@
+"""What a comparison consists of: every run with its resolved config, checked before anything starts."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentopd.config import PRESETS, RunConfig, load_run_config
+from agentopd.config.comparison import ArmConfig, ComparisonConfig
+from agentopd.config.load import load_section
+from agentopd.errors import ConfigError
+
+START = "start"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One arm at one seed, or the run that makes the starting student."""
+
+    arm: str
+    seed: int
+    config: RunConfig
+
+    @property
+    def path(self) -> Path:
+        """Its run directory."""
+        return Path(self.config.run_dir)
+
+    @property
+    def name(self) -> str:
+        """For messages and file names."""
+        return f"{self.arm}-seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison ready to run."""
+
+    comparison: ComparisonConfig
+    out: Path
+    runs: tuple[PlannedRun, ...]
+    """Seed by seed, so that an interrupted comparison has whole seeds to compare."""
+    start: PlannedRun | None = None
+
+
+def make_plan(path: Path, arms: Sequence[str] = (), num_seeds: int | None = None) -> Plan:
+    """Read a comparison file and resolve the config of every run. Raises ``ConfigError`` before anything is loaded.
+
+    ``arms`` picks some of its arms, ``num_seeds`` the first few seeds of each. A run config in place of a comparison
+    file is compared as it stands: ``arms`` are then names of presets.
+    """
+    comparison = _read(path, arms)
+    here = path.parent
+    config, out = _beside(here, comparison.config), Path(comparison.out)
+    start = None
+    overrides = list(comparison.set)
+    if comparison.start is not None:
+        run_dir = out / START
+        made = load_run_config(_beside(here, comparison.start.config), [*comparison.start.set, f"run_dir={run_dir}"])
+        start = PlannedRun(START, made.seed, made)
+        overrides.append(f"model.student={run_dir / 'model'}")
+    chosen = list(arms) or list(comparison.arms)
+    pairs = [(arm, seed) for arm in chosen for seed in comparison.seeds_of(arm)[:num_seeds]]
+    order = {pair: (comparison.seeds_of(pair[0]).index(pair[1]), index) for index, pair in enumerate(pairs)}
+    runs = [
+        _planned(config, [*overrides], comparison.arms[arm], arm, seed, out)
+        for arm, seed in sorted(pairs, key=lambda pair: order[pair])
+    ]
+    return Plan(comparison, out, tuple(runs), start)
+
+
+def _planned(config: Path, shared: list[str], arm: ArmConfig, name: str, seed: int, out: Path) -> PlannedRun:
+    # Shared overrides come after the arm's preset, which starts the objective afresh, and before the arm's own.
+    preset = [f"objective.preset={arm.preset}"] if arm.preset else []
+    given = [*preset, *shared, *arm.set, f"seed={seed}", f"run_dir={out / name / f'seed-{seed}'}"]
+    try:
+        return PlannedRun(name, seed, load_run_config(config, given))
+    except ConfigError as exc:
+        raise ConfigError(f"arm {name!r}: {exc}") from None
+
+
+def _read(path: Path, arms: Sequence[str]) -> ComparisonConfig:
+    if path.is_file() and "arms" not in _keys(path):
+        if not arms:
+            raise ConfigError(f"{path} has no [arms]: add some, or name presets with --arms opd,grpo")
+        unknown = [arm for arm in arms if arm not in PRESETS]
+        if unknown:
+            raise ConfigError(f"--arms {unknown[0]}: not a preset, and {path} has no [arms]")
+        presets = {name: ArmConfig(preset=name) for name in arms}
+        return ComparisonConfig(name=path.stem, config=path.name, out=f"runs/compare-{path.stem}", arms=presets)
+    comparison = load_section(ComparisonConfig, path)
+    for arm in arms:
+        if arm not in comparison.arms:
+            raise ConfigError(f"--arms {arm}: no such arm; {path} has: {', '.join(comparison.arms)}")
+    return comparison
+
+
+def _keys(path: Path) -> set[str]:
+    try:
+        return set(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: not valid TOML: {exc}") from None
+
+
+def _beside(folder: Path, name: str) -> Path:
+    near = folder / name
+    return near if near.exists() else Path(name)

@@ -1,0 +1,215 @@
+"""Comparisons: planned before anything runs, resumable, tabulated with paired tests."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agentopd.compare import comparison_table, gather, make_plan, work, write_results
+from agentopd.compare.export import latex, markdown
+from agentopd.compare.queue import finished
+from agentopd.config import dump_toml
+from agentopd.console import make_console
+from agentopd.errors import ConfigError, UserError
+from agentopd.evaluation.metrics import EvalResult, score_skill
+from agentopd.tracking import JsonlTracker, Provenance, RunDirectory
+from agentopd.types import Verdict, VerdictStatus
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = [path for path in sorted((ROOT / "configs/studies").glob("*.toml")) if "[arms." in path.read_text()]
+OK = Verdict(outcome=1.0, status=VerdictStatus.OK, reward=1.0)
+WRONG = Verdict(outcome=0.0, status=VerdictStatus.WRONG, reward=0.0)
+# Solved of forty tasks at the end, by arm and seed: (old skill, new skill).
+FINAL = {
+    ("opd", 0): (30, 20),
+    ("opd", 1): (31, 22),
+    ("opd", 2): (29, 21),
+    ("calibrated", 0): (36, 30),
+    ("calibrated", 1): (36, 33),
+    ("calibrated", 2): (36, 31),
+}
+
+
+def comparison(tmp_path: Path, **changes: str) -> Path:
+    text = f"""
+name = "demo"
+config = "{ROOT}/configs/quickstart.toml"
+out = "{tmp_path}/out"
+seeds = [0, 1, 2]
+set = {{ "train.steps" = 2, "suite.retention.tolerated_drop" = 0.02 }}
+[arms.opd]
+preset = "opd"
+[arms.calibrated]
+preset = "verifier_calibrated"
+set = ["objective.router.w_conflict=0.5"]
+"""
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    path = tmp_path / "comparison.toml"
+    path.write_text(text)
+    return path
+
+
+def evaluation(step: int, **passed: int) -> EvalResult:
+    tasks = {
+        skill: score_skill({f"{skill}{i}": [OK if i < good else WRONG] for i in range(40)}, k=1)
+        for skill, good in passed.items()
+    }
+    return EvalResult(tasks=tasks, model="student", step=step)
+
+
+def pretend(run, old: int, new: int) -> None:
+    """A finished run on disk, as training leaves it."""
+    directory = RunDirectory.create(run.path, dump_toml(run.config), Provenance(seed=run.seed))
+    tracker = JsonlTracker(directory.metrics)
+    for step in (1, 2):
+        tracker.log(step, {"rollout/tokens": 500.0, "replay/tokens": 100.0, "teacher/tokens": 900.0, "time/cpu": 1.5})
+    tracker.close()
+    directory.save_eval("base", evaluation(0, math=36, repair=4, store=4))
+    directory.save_eval("final", evaluation(2, math=old, repair=new, store=new))
+    (run.path / "model").mkdir()
+    (run.path / "model/config.json").write_text("{}")
+
+
+@pytest.fixture
+def done(tmp_path):
+    plan = make_plan(comparison(tmp_path))
+    for run in plan.runs:
+        pretend(run, *FINAL[run.arm, run.seed])
+    return plan
+
+
+def test_a_plan_resolves_every_run_seed_by_seed(tmp_path):
+    plan = make_plan(comparison(tmp_path))
+    assert [run.name for run in plan.runs[:3]] == ["opd-seed-0", "calibrated-seed-0", "opd-seed-1"]
+    assert {run.config.objective.preset for run in plan.runs} == {"opd", "verifier_calibrated"}
+    assert len({run.path for run in plan.runs}) == 6 and not (tmp_path / "out").exists()
+    assert all(run.config.seed == run.seed and run.config.train.steps == 2 for run in plan.runs)
+    assert plan.runs[1].config.objective.router.w_conflict == 0.5
+
+
+def test_arms_and_seeds_can_be_picked(tmp_path):
+    plan = make_plan(comparison(tmp_path), ["calibrated"], 2)
+    assert [run.name for run in plan.runs] == ["calibrated-seed-0", "calibrated-seed-1"]
+
+
+def test_a_run_config_is_compared_by_presets():
+    plan = make_plan(ROOT / "configs/quickstart.toml", ["opd", "sft"], 1)
+    assert [(run.arm, run.seed) for run in plan.runs] == [("opd", 0), ("sft", 0)]
+    with pytest.raises(ConfigError, match="--arms opd,grpo"):
+        make_plan(ROOT / "configs/quickstart.toml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "needle"),
+    [
+        ({'preset = "opd"': 'preset = "odp"'}, "arm 'opd'.*did you mean 'opd'"),
+        ({"[arms.opd]": "[arms.base]"}, "untrained student"),
+        ({"seeds = [0, 1, 2]": "seeds = [0, 0]"}, "distinct seeds"),
+        ({'name = "demo"': 'name = "demo"\nbaseline = "grpo"'}, "'grpo' is no arm"),
+        ({'"train.steps" = 2': '"train.stepz" = 2'}, "did you mean 'steps'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(tmp_path, changes, needle):
+    with pytest.raises(ConfigError, match=needle):
+        make_plan(comparison(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies_resolve(path):
+    plan = make_plan(path)
+    assert len(plan.runs) >= 6
+    assert (plan.start is None) == ("[start]" not in path.read_text())
+
+
+def test_results_have_the_promised_shape(done):
+    results = gather(done)
+    stored = json.loads(results.model_dump_json())
+    assert {"arms", "machine", "versions"} <= stored.keys()
+    (first, *_) = stored["arms"]["calibrated"]["seeds"]
+    assert first["seed"] == 0 and first["skills"] == {"math": 0.9, "repair": 0.75, "store": 0.75}
+    assert first["forgetting"] == 0.0 and first["new_skills"] == 0.75
+    assert (first["tokens"], first["replay_tokens"], first["teacher_tokens"]) == (1000, 200, 1800)
+    assert first["cpu_seconds"] == 3.0 and [point["step"] for point in first["curve"]] == [0, 2]
+    assert stored["arms"]["base"]["seeds"][0]["skills"]["repair"] == 0.1
+    lost = stored["arms"]["opd"]["seeds"][0]
+    assert lost["forgetting"] == pytest.approx(0.15) and lost["broken"] == ["math"]
+
+
+def test_arms_are_tested_against_the_baseline_and_corrected(done):
+    tests = {test.measure: test for test in gather(done).tests}
+    assert set(tests) == {"new_skills", "retention"} and tests["new_skills"].arm == "calibrated"
+    assert tests["new_skills"].difference.mean == pytest.approx(31 / 3 / 40)
+    assert tests["new_skills"].difference.p_value < 0.01
+    assert all(test.difference.p_value <= test.p_bh <= test.p_holm for test in tests.values())
+
+
+def test_tables_and_curves_are_written(done):
+    results = gather(done)
+    paths = write_results(results, done.out)
+    assert {path.name for path in paths} == {"results.json", "table.md", "table.tex", "curves.csv", "compare.html"}
+    table = markdown(results)
+    assert "| `calibrated` | 3 |" in table and "3/3" in table and "0/3" in table and "(p=" in table
+    text = latex(results)
+    assert r"new skills \%" in text and text.count(r" \\") == 4 and "_" not in text.replace(r"\_", "")
+    rows = list(csv.DictReader(io.StringIO((done.out / "curves.csv").read_text())))
+    assert len(rows) == 6 * 2 * 3 + 3 * 0 and {row["skill"] for row in rows} == {"math", "repair", "store"}
+    page = (done.out / "compare.html").read_text()
+    assert "<script" not in page and "http" not in page and page.count("<figure") == 3
+    buffer = io.StringIO()
+    make_console(plain=True, file=buffer).print(comparison_table(results))
+    assert "calibrated" in buffer.getvalue()
+
+
+def test_an_unfinished_comparison_still_has_results(tmp_path):
+    plan = make_plan(comparison(tmp_path))
+    assert gather(plan).arms == {} and gather(plan).planned == 6
+    pretend(plan.runs[0], 30, 20)
+    results = gather(plan)
+    assert results.finished == 1 and set(results.arms) == {"base", "opd"} and results.tests == ()
+    assert "1 of 6 runs finished" in markdown(results)
+
+
+def test_a_directory_of_another_config_is_not_passed_off(done, tmp_path):
+    other = make_plan(comparison(tmp_path, **{"w_conflict=0.5": "w_conflict=0.6"}))
+    with pytest.raises(UserError, match="made with another config"):
+        work(other, make_console(plain=True))
+
+
+def test_finished_runs_are_not_trained_again(done):
+    before = {run.name: run.path.stat().st_mtime_ns for run in done.runs}
+    assert work(done, make_console(plain=True, file=io.StringIO())) == []
+    assert before == {run.name: run.path.stat().st_mtime_ns for run in done.runs}
+    assert not (done.out / "logs").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_continues(tmp_path):
+    small = '"train.steps" = 2, "train.prompts_per_step" = 4, "rollout.group_size" = 2, "eval.tasks_per_skill" = 2, '
+    path = comparison(
+        tmp_path,
+        **{'"train.steps" = 2, ': small + '"train.checkpoint_every" = 1, "threads" = 1, ', "[0, 1, 2]": "[0]"},
+    )
+    command = [sys.executable, "-m", "agentopd.cli", "compare", str(path), "--plain", "--jobs", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    plan = make_plan(path)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 250
+    while not list((tmp_path / "out").glob("*/seed-0/checkpoints/step-000001/state.json")):
+        assert time.monotonic() < deadline and process.poll() is None, "it ended before a checkpoint"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert all(finished(run) for run in plan.runs)
+    results = gather(plan)
+    assert results.finished == 2
+    assert all(seed.cpu_seconds > 0 and seed.tokens > 0 for seed in results.arms["opd"].seeds)
