@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from agentopd.build import Judge, Policy, Skill, Teachers, build_policy, build_sandbox, build_teachers, load_skills
+from agentopd.certify import require_certificates
 from agentopd.checkpoint import load_latest, save_checkpoint
 from agentopd.config import RunConfig, dump_toml, load_run_config
 from agentopd.evaluate import evaluate_model, heldout_tasks, summarise
@@ -69,8 +70,12 @@ class Run:
     evals: dict[str, EvalResult] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, config: RunConfig) -> Run:
-        """Load and check every part of a new run; nothing is written before ``open``."""
+    def start(cls, config: RunConfig, allow_uncertified: Sequence[str] = ()) -> Run:
+        """Load and check every part of a new run; nothing is written before ``open``.
+
+        Raises ``UserError`` for a skill whose environment has no certificate and is not in ``allow_uncertified``.
+        """
+        require_certificates(load_skills(config.suite), allow_uncertified)
         run = cls._build(config, Path(config.run_dir))
         RunDirectory.check_free(config.run_dir)
         return run

@@ -25,7 +25,8 @@ FLOORS = {
     "rollout": 3, "scoring": 3, "batching": 3, "mixture": 3, "evaluation": 3, "checkpoint": 3, "tracking": 3,
     "report": 3, "console": 3, "stats": 3,
     "build": 4, "train": 4, "evaluate": 4, "micro": 4, "runs": 4, "inspection": 4, "reverify": 4,
-    "commands": 5, "cli": 5,
+    "certify": 4, "doctor": 4, "play": 4, "scaffold": 4,
+    "commands": 5, "env_commands": 5, "cli": 5,
 }  # fmt: skip
 # The leaves see floors 0 and 1, and only the leaves below them.
 LEAVES = {"agentopd_sandboxes": 0, "agentopd_verifiers": 1, "agentopd_envs": 2}
