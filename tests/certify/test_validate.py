@@ -67,6 +67,7 @@ def generate_with_secret(cls, rng):
 
 
 def shared_setup(self):
+    self.dialled = None
     type(self).log = []
 
 
