@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks
 
-.PHONY: quickstart install test test-fast check format bench micro clean
+.PHONY: quickstart install test test-fast check format bench micro certificates clean
 
 quickstart: install  ## the whole loop on a CPU: train, measure what was kept, write report.html
 	$(BIN)/agentopd train configs/quickstart.toml
@@ -46,6 +46,9 @@ bench: install  ## ratios with spread, written to benchmarks/results/
 
 micro: install  ## train the shipped micro checkpoints from nothing (about half an hour on two cores)
 	$(BIN)/agentopd micro build configs/micro.toml
+
+certificates: install  ## prove the shipped environments again, after a change to them (AGENTOPD_DATA: the benchmarks too)
+	$(BIN)/agentopd envs validate --all --into agentopd/assets/certificates
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach a small agent new skills without making it forget: verifier-calibrated on-policy distillation.",
 )
-envs_app = typer.Typer(no_args_is_help=True, help="See the environments that are installed.")
+envs_app = typer.Typer(no_args_is_help=True, help="See, make, prove and play environments.")
 presets_app = typer.Typer(no_args_is_help=True, help="See what each named objective composes.")
 micro_app = typer.Typer(no_args_is_help=True, help="The micro world that ships with AgentOPD.")
 app.add_typer(envs_app, name="envs")
@@ -27,6 +27,7 @@ app.add_typer(sandbox_app, name="sandbox")
 
 Plain = Annotated[bool, typer.Option("--plain", help="No colour, no redrawing: for logs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Source = Annotated[Optional[str], typer.Option("--source", help="A task source; default: the first.")]  # noqa: UP045
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option("--set", metavar="KEY=VALUE", help="Override a config key, as in --set learner.lr=1e-4."),
@@ -34,11 +35,19 @@ Overrides = Annotated[
 
 
 @app.command()
-def train(config: Path, overrides: Overrides = None, plain: Plain = False) -> None:
+def train(
+    config: Path,
+    overrides: Overrides = None,
+    allow_uncertified: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--allow-uncertified", metavar="NAME", help="Train on this skill without a certificate."),
+    ] = None,
+    plain: Plain = False,
+) -> None:
     """Train on a suite of tasks: one TOML file, one run directory, a table and report.html at the end."""
     from agentopd import commands
 
-    commands.train(config, overrides or [], plain)
+    commands.train(config, overrides or [], allow_uncertified or [], plain)
 
 
 @app.command()
@@ -140,20 +149,65 @@ def verify(episodes: Path, as_json: Json = False, plain: Plain = False) -> None:
     commands.verify(episodes, as_json, plain)
 
 
-@envs_app.command("list")
-def envs_list(plain: Plain = False) -> None:
-    """Every installed environment, and where it comes from."""
+@app.command()
+def doctor(config: Path, overrides: Overrides = None, plain: Plain = False) -> None:
+    """Check what a run needs before it starts, one line each; exit code 2 if it cannot succeed."""
     from agentopd import commands
 
-    commands.envs_list(plain)
+    commands.doctor(config, overrides or [], plain)
+
+
+@envs_app.command("list")
+def envs_list(plain: Plain = False) -> None:
+    """Every installed environment: where it comes from, its sources, and whether it is certified."""
+    from agentopd import env_commands
+
+    env_commands.envs_list(plain)
 
 
 @envs_app.command("describe")
-def envs_describe(name: str, source: Annotated[Optional[str], typer.Option("--source")] = None) -> None:  # noqa: UP045
-    """One environment: sources, tools, limits, and an example task."""
-    from agentopd import commands
+def envs_describe(name: str, source: Source = None) -> None:
+    """One environment: sources, tools, limits, certificate, and an example task."""
+    from agentopd import env_commands
 
-    commands.envs_describe(name, source)
+    env_commands.envs_describe(name, source)
+
+
+@envs_app.command("new")
+def envs_new(name: str, into: Annotated[Path, typer.Option("--into", help="Parent folder.")] = Path()) -> None:
+    """A package of your own: an environment, right and wrong solutions, a test and a suite."""
+    from agentopd import env_commands
+
+    env_commands.envs_new(name, into)
+
+
+@envs_app.command("validate")
+def envs_validate(
+    name: Annotated[Optional[str], typer.Argument(help="A registered name, or file.py:Class.")] = None,  # noqa: UP045
+    every: Annotated[bool, typer.Option("--all", help="Every installed environment and source.")] = False,
+    source: Source = None,
+    suite: Annotated[Optional[Path], typer.Option("--suite", help="As this suite or run file uses them.")] = None,  # noqa: UP045
+    into: Annotated[Optional[Path], typer.Option("--into", help="Keep certificates here, not in the cache.")] = None,  # noqa: UP045
+    as_json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Prove, without a model, that an environment can be trained on; exit code 1 if it cannot."""
+    from agentopd import env_commands
+
+    env_commands.envs_validate(env_commands.What(name, every, source, suite), into, as_json, plain)
+
+
+@envs_app.command("play")
+def envs_play(
+    name: str,
+    source: Source = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    plain: Plain = False,
+) -> None:
+    """Act by hand: type calls as in change(by=3), or an answer; the verdict comes at the end."""
+    from agentopd import env_commands
+
+    env_commands.envs_play(name, source, seed, plain)
 
 
 @presets_app.command("list")

@@ -46,12 +46,12 @@ class CompareOutput:
     plain: bool
 
 
-def train(path: Path, overrides: Sequence[str], plain: bool) -> None:
+def train(path: Path, overrides: Sequence[str], allow_uncertified: Sequence[str], plain: bool) -> None:
     """``agentopd train``."""
     from agentopd.runs import Run
 
     config = load_run_config(path, overrides)
-    _train(Run.start(config), make_console(plain))
+    _train(Run.start(config, allow_uncertified), make_console(plain))
 
 
 def resume(path: Path, plain: bool) -> None:
@@ -217,36 +217,6 @@ def verify(path: Path, as_json: bool, plain: bool) -> None:
         raise SystemExit(1)
 
 
-def envs_list(plain: bool) -> None:
-    """``agentopd envs list``."""
-    from agentopd.registry import environments
-
-    table = Table("environment", "from", header_style="bold", pad_edge=False)
-    for name, claims in environments.entries().items():
-        table.add_row(name, " and ".join(claim.origin for claim in claims))
-    make_console(plain).print(table)
-
-
-def envs_describe(name: str, source: str | None) -> None:
-    """``agentopd envs describe``."""
-    from agentopd.registry import environments
-
-    env = environments.get(name)
-    chosen = source or env.sources[0]
-    task = next(iter(env.load_tasks("eval", chosen, 1, 0)))
-    summary = {
-        "name": env.name,
-        "version": env.version,
-        "about": (env.__doc__ or "").strip(),
-        "sources": list(env.sources),
-        "verifier": env.verifier_for(task),
-        "tools": [schema.model_dump() for schema in env.tool_schemas(task)],
-        "limits": task.limits.model_dump(),
-        "example": [message.model_dump(exclude_defaults=True) for message in task.prompt],
-    }
-    print(json.dumps(summary, indent=2, ensure_ascii=False))
-
-
 def presets_list(plain: bool) -> None:
     """``agentopd presets list``."""
     from agentopd.config.load import resolve_objective
@@ -336,3 +306,15 @@ def sandbox_image(source: str) -> None:
     from agentopd_sandboxes.docker import build_image
 
     print(build_image(source))
+
+
+def doctor(path: Path, overrides: Sequence[str], plain: bool) -> None:
+    """``agentopd doctor``."""
+    from agentopd.doctor import diagnose
+
+    console = make_console(plain)
+    found = diagnose(load_run_config(path, overrides))
+    for item in found:
+        console.print(f"{item.level:4}  {item.check}: {item.detail}", markup=False, highlight=False, soft_wrap=True)
+    if any(item.level == "fail" for item in found):
+        raise SystemExit(2)

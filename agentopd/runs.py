@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from agentopd.build import Judge, Policy, Skill, build_policy, build_sandbox, load_skills
+from agentopd.certify import require_certificates
 from agentopd.checkpoint import latest_kept_step, load_latest, load_step, save_checkpoint
 from agentopd.config import RunConfig, dump_toml, load_run_config
 from agentopd.config.objective import Blocks
@@ -80,8 +81,12 @@ class Run:
     _cpu_logged: float = 0.0
 
     @classmethod
-    def start(cls, config: RunConfig) -> Run:
-        """Load and check every part of a new run; nothing is written before ``open``."""
+    def start(cls, config: RunConfig, allow_uncertified: Sequence[str] = ()) -> Run:
+        """Load and check every part of a new run; nothing is written before ``open``.
+
+        Raises ``UserError`` for a skill whose environment has no certificate and is not in ``allow_uncertified``.
+        """
+        require_certificates(load_skills(config.suite), allow_uncertified)
         run = cls._build(_settled(config), Path(config.run_dir))
         RunDirectory.check_free(config.run_dir)
         return run

@@ -26,7 +26,8 @@ FLOORS = {
     "report": 3, "console": 3, "stats": 3,
     "teaching": 4, "demonstrations": 4, "collect": 4, "rubrics": 4, "reaction": 4, "retention": 4, "compare": 4,
     "build": 4, "train": 4, "evaluate": 4, "micro": 4, "runs": 4, "inspection": 4, "reverify": 4, "sandboxing": 4,
-    "commands": 5, "cli": 5,
+    "certify": 4, "doctor": 4, "play": 4, "scaffold": 4,
+    "commands": 5, "env_commands": 5, "cli": 5,
 }  # fmt: skip
 # The leaves see floors 0 and 1, and only the leaves below them.
 LEAVES = {"agentopd_sandboxes": 0, "agentopd_verifiers": 1, "agentopd_envs": 2}

@@ -7,11 +7,13 @@ marked ``@tool`` and ``score`` (a number in [0, 1]). ``SingleTurnEnvironment`` n
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import inspect
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from agentopd.contracts import AssistantTurn, EpisodeContext, StepResult
@@ -32,7 +34,7 @@ from agentopd.types import (
 )
 from agentopd_envs.function_verifier import register_score
 from agentopd_envs.splits import procedural
-from agentopd_envs.tools import Tool, tools_of
+from agentopd_envs.tools import Tool, ToolOptions, tools_of
 from agentopd_verifiers.changes import changes
 
 TaskLoader = Callable[[Split, int | None, int], Iterable[Task]]
@@ -53,6 +55,10 @@ class BaseEnvironment:
     """Sources that are read by a function; any other source is ``generate``'s."""
     system: ClassVar[str] = ""
     limits: ClassVar[Limits] = Limits()
+    chance: ClassVar[float] = 0.0
+    """Share of tasks that random valid calls (or guesses) may solve: 0.25 for a choice of four."""
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+    """Isolation the sandbox must have for this environment: ``net``, ``pid``, …"""
 
     task: Task
     ctx: EpisodeContext
@@ -76,14 +82,13 @@ class BaseEnvironment:
         ``gold`` is a trajectory that solves it: assistant messages, or plain strings for turns without tool calls.
         """
         opening = (Message(role="system", content=cls.system),) if cls.system else ()
-        turns = tuple(Message(role="assistant", content=turn) if isinstance(turn, str) else turn for turn in gold)
         return Task(
             id="",
             env=cls.name,
             prompt=(*opening, Message(role="user", content=prompt)),
             public=public or {},
             hidden=hidden or {},
-            privileged=Privileged(trajectory=turns),
+            privileged=Privileged(trajectory=messages(gold)),
             limits=cls.limits,
             source=Source(dataset=cls.name),
         )
@@ -115,6 +120,11 @@ class BaseEnvironment:
     def starter_turns(cls, task: Task) -> tuple[Message, ...]:
         """Assistant messages that hand in the least possible; they must not solve the task."""
         return (Message(role="assistant"),)
+
+    @classmethod
+    def wrong_turns(cls, task: Task) -> Iterable[Sequence[Message | str]]:
+        """Plausible wrong solutions, written as ``gold`` is; validation holds each to a score below 1."""
+        return ()
 
     async def reset(self, task: Task, ctx: EpisodeContext) -> tuple[Message, ...]:
         """Start on the student view of a task; returns the opening messages."""
@@ -167,12 +177,23 @@ class ToolEnvironment(BaseEnvironment):
     def __init__(self) -> None:
         self._turn = 0
         self._finished = False
+        self._calls: Counter[str] = Counter()
         self._events: list[Event] = []
 
     @classmethod
     def tool_schemas(cls, task: Task) -> tuple[ToolSchema, ...]:
         """The schemas of all marked methods, or of those in ``task.tools``."""
         return tuple(tool.schema for tool in cls._offered(task).values())
+
+    @classmethod
+    def mutating_tools(cls) -> frozenset[str]:
+        """Names of the tools that change the world."""
+        return frozenset(name for name, tool in cls._tools.items() if tool.options.mutates)
+
+    @classmethod
+    def tool_options(cls) -> dict[str, ToolOptions]:
+        """What ``@tool`` says of each tool beside its schema."""
+        return {name: tool.options for name, tool in cls._tools.items()}
 
     @classmethod
     def _offered(cls, task: Task) -> dict[str, Tool]:
@@ -201,10 +222,13 @@ class ToolEnvironment(BaseEnvironment):
         if tool is None:
             raise unknown_tool(call.name, self.tool_schemas(self.task))
         arguments = tool.parse(call.arguments)
+        self._calls[call.name] += 1
+        if tool.options.budget is not None and self._calls[call.name] > tool.options.budget:
+            raise ToolError(f"no calls of {call.name!r} are left; there were {tool.options.budget}")
         with boundary(EnvironmentFault, f"{self.name}: tool {call.name!r}"):
             result = getattr(self, call.name)(**arguments)
             if inspect.isawaitable(result):
-                result = await result
+                result = await _within(tool.options.timeout_s, call.name, result)
             if result is None:
                 return "ok"
             return result if isinstance(result, str) else json.dumps(result)
@@ -224,7 +248,7 @@ class ToolEnvironment(BaseEnvironment):
         except ToolError as error:
             result, ok = f"error: {error}", False
         tool = self._tools.get(call.name)
-        mutates = tool is not None and tool.mutates
+        mutates = tool is not None and tool.options.mutates
         changed = changes(before, self.state())
         self.record(
             "tool_call",
@@ -242,6 +266,11 @@ class ToolEnvironment(BaseEnvironment):
         return Message(role="tool", content=f"error: malformed tool call: {call.reason}")
 
 
+def messages(turns: Sequence[Message | str]) -> tuple[Message, ...]:
+    """A trajectory with its plain strings as assistant messages."""
+    return tuple(Message(role="assistant", content=turn) if isinstance(turn, str) else turn for turn in turns)
+
+
 def unknown_tool(name: str, offered: Sequence[ToolSchema]) -> ToolError:
     """What the student is told when it calls a tool that it was not offered."""
     return ToolError(f"unknown tool {name!r}; there is: {', '.join(schema.name for schema in offered)}")
@@ -250,6 +279,18 @@ def unknown_tool(name: str, offered: Sequence[ToolSchema]) -> ToolError:
 def tool_turn(name: str, **arguments: Any) -> Message:
     """An assistant message with one tool call: a step of a gold trajectory."""
     return Message(role="assistant", tool_calls=(ToolCall(name=name, arguments=arguments),))
+
+
+async def _within(timeout_s: float | None, name: str, result: Awaitable[Any]) -> Any:
+    """Await a tool, for ``timeout_s`` at most; the wall limit of the episode passes through."""
+    deadline = asyncio.timeout(timeout_s)
+    try:
+        async with deadline:
+            return await result
+    except TimeoutError:
+        if deadline.expired():
+            raise ToolError(f"{name!r} took longer than {timeout_s:g} s and was stopped") from None
+        raise
 
 
 def _content(task: Task) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -48,6 +49,11 @@ class CodeRepairEnvironment(ToolEnvironment):
     def starter_turns(cls, task: Task) -> tuple[Message, ...]:
         """Hand in the buggy program unchanged."""
         return (tool_turn("submit"),)
+
+    @classmethod
+    def wrong_turns(cls, task: Task) -> Iterable[tuple[Message, ...]]:
+        """A wrong constant, an edit that does not apply, a fit to the one case shown (``micro``)."""
+        return micro.wrong_turns(task) if task.source.dataset == micro.SOURCE.dataset else ()
 
     def setup(self) -> None:
         """The buggy program is where the student starts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from agentopd.registry import register_environment
@@ -24,3 +25,8 @@ class MathEnvironment(SingleTurnEnvironment):
     def starter_turns(cls, task: Task) -> tuple[Message, ...]:
         """An empty box."""
         return (Message(role="assistant", content="\\boxed{}"),)
+
+    @classmethod
+    def wrong_turns(cls, task: Task) -> Iterable[tuple[Message, ...]]:
+        """A slip, a step left out, an empty box (``micro``)."""
+        return micro.wrong_turns(task) if task.source.dataset == micro.SOURCE.dataset else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, ClassVar
 
 from pydantic import Field, RootModel
@@ -48,6 +49,11 @@ class ToolUseEnvironment(ToolEnvironment):
     def starter_turns(cls, task: Task) -> tuple[Message, ...]:
         """A call of the first tool without arguments, then nothing."""
         return (tool_turn(cls.tool_schemas(task)[0].name), Message(role="assistant"))
+
+    @classmethod
+    def wrong_turns(cls, task: Task) -> Iterable[tuple[Message, ...]]:
+        """Only reading, a count off by one, the wrong item, one item too many (``micro``)."""
+        return micro.wrong_turns(task) if task.source.dataset == micro.SOURCE.dataset else ()
 
     def setup(self) -> None:
         """Copy the task's database; a task with functions of its own has none."""

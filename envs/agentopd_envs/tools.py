@@ -24,21 +24,37 @@ _MARK = "__agentopd_tool__"
 _LITERAL_KEYS = ("default", "const", "enum", "examples")
 
 
+@dataclass(frozen=True)
+class ToolOptions:
+    """What ``@tool`` says beside the schema. ``timeout_s`` and ``budget`` None: only the episode's limits hold."""
+
+    mutates: bool = False
+    timeout_s: float | None = None
+    budget: int | None = None
+
+
 @overload
 def tool(function: F) -> F: ...
 @overload
-def tool(*, mutates: bool = False) -> Callable[[F], F]: ...
-def tool(function: F | None = None, *, mutates: bool = False) -> F | Callable[[F], F]:
+def tool(*, mutates: bool = False, timeout_s: float | None = None, budget: int | None = None) -> Callable[[F], F]: ...
+def tool(
+    function: F | None = None, *, mutates: bool = False, timeout_s: float | None = None, budget: int | None = None
+) -> F | Callable[[F], F]:
     """Offer a method to the student under its own name.
 
     Every parameter needs a type hint (``Annotated[int, Field(ge=0)]`` works); the docstring's first part becomes the
     description, its ``Args:`` section describes the parameters. The method, plain or async, returns a string, None
     (shown as ``ok``) or anything JSON can hold, and raises ``ToolError`` to tell the student what went wrong.
-    ``mutates`` says that a call changes the world; it is recorded with every call.
+    ``mutates`` says that a call changes the world; it is recorded with every call. ``timeout_s`` bounds one call of an
+    async method: past it the call is cancelled and the student is told. ``budget`` bounds the calls of one episode.
     """
 
     def mark(method: F) -> F:
-        setattr(method, _MARK, mutates)
+        if timeout_s is not None and not inspect.iscoroutinefunction(method):
+            raise TypeError(f"tool {method.__qualname__}: only an async method can be stopped after timeout_s")
+        if (budget is not None and budget < 1) or (timeout_s is not None and timeout_s <= 0):
+            raise TypeError(f"tool {method.__qualname__}: budget and timeout_s are above 0")
+        setattr(method, _MARK, ToolOptions(mutates, timeout_s, budget))
         return method
 
     return mark if function is None else mark(function)
@@ -50,7 +66,7 @@ class Tool:
 
     schema: ToolSchema
     arguments: type[BaseModel]
-    mutates: bool
+    options: ToolOptions
 
     def parse(self, raw: JSON) -> JSON:
         """The validated keyword arguments of a call; raises ``ToolError`` naming each offending argument."""
@@ -91,7 +107,7 @@ def _build(name: str, method: Callable[..., Any]) -> Tool:
     return Tool(
         schema=ToolSchema(name=name, description=description, parameters={"properties": {}, **schema}),
         arguments=arguments,
-        mutates=bool(getattr(method, _MARK)),
+        options=getattr(method, _MARK),
     )
 
 

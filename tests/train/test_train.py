@@ -14,6 +14,8 @@ import pytest
 from agentopd.commands import _train
 from agentopd.config import load_run_config
 from agentopd.console import make_console
+from agentopd.env_commands import What, envs_validate
+from agentopd.errors import UserError
 from agentopd.runs import Run
 from agentopd.tracking import RunDirectory, read_jsonl
 from agentopd.train import train
@@ -55,14 +57,18 @@ def test_a_run_leaves_everything_a_reader_needs(quickstart, small):
         assert any(reason == "special" for reason in item.mask_reasons)
 
 
-def test_a_new_environment_trains(quickstart, small, tmp_path):
+@pytest.mark.parametrize("example", ["my_env.py:Thermostat", "my_question.py:Backwards"])
+def test_a_new_environment_trains_once_it_is_certified(example, quickstart, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("AGENTOPD_CACHE", str(tmp_path / "cache"))
+    env = f"{Path(__file__).resolve().parents[2]}/examples/{example}"
     config = tmp_path / "mine.toml"
-    env = Path(__file__).resolve().parents[2] / "examples/my_env.py"
-    name = next(line for line in env.read_text().splitlines() if line.startswith("class ")).split()[1].split("(")[0]
     config.write_text(
         f'[model]\nstudent = "micro/student"\n[teachers.default]\nmodel = "micro/teacher"\n'
-        f'[[suite.skills]]\nname = "mine"\nenv = "{env}:{name}"\n'
+        f'[[suite.skills]]\nname = "mine"\nenv = "{env}"\n'
     )
+    with pytest.raises(UserError, match="agentopd envs validate"):
+        Run.start(load_run_config(config, small()))
+    envs_validate(What(env, False, None, None), None, as_json=False, plain=True)
     path = run(config, small("train.steps=1"))
     assert metrics(path)[0]["mine/episodes"] == 12
 

@@ -1,0 +1,60 @@
+"""Stages to run checks on, without a jail: programs are those of the tests themselves."""
+
+import asyncio
+
+import pytest
+
+from agentopd.build import Judge, Skill
+from agentopd.certify.certificate import Finding, sample_tasks
+from agentopd.certify.checks import CHECKS, run_check
+from agentopd.certify.stage import Stage
+from agentopd.config.run import SkillConfig
+from agentopd.contracts import CaseResult, CaseStatus
+from agentopd.registry import environments
+
+
+class TrustingSandbox:
+    """Runs cases in this very process."""
+
+    name = "trusting"
+    capabilities = frozenset({"none"})
+
+    async def start(self):
+        pass
+
+    async def aclose(self):
+        pass
+
+    async def run_cases(self, program, cases, limits=None):
+        return [self._run(program.source, case) for case in cases]
+
+    def _run(self, source, case):
+        scope = {"args": list(case.args)}
+        try:
+            exec(f"{source}\n{case.setup}", scope)
+            return CaseResult(case.id, CaseStatus.VALUE, eval(case.expression, scope))
+        except Exception as exc:
+            return CaseResult(case.id, CaseStatus.EXCEPTION, detail=f"{type(exc).__name__}: {exc}")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("AGENTOPD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def examine():
+    """``examine(env, verifier=None, source="micro", num=4)``: the first check that fails, or None."""
+
+    async def first_failure(env, verifier, source, num) -> Finding | None:
+        loaded = environments.get(env) if isinstance(env, str) else env
+        skill = Skill(SkillConfig(name="x", env=loaded.name, source=source, verifier=verifier), loaded)
+        stage = Stage(skill, sample_tasks(skill)[:num], Judge([skill], TrustingSandbox()))
+        for check in CHECKS:
+            if check.__name__ != "determinism" or num == 8:
+                finding = await run_check(check, stage)
+                if not finding.passed:
+                    return finding
+        return None
+
+    return lambda env, verifier=None, source="micro", num=4: asyncio.run(first_failure(env, verifier, source, num))
