@@ -181,9 +181,11 @@ def envs_describe(name: str, source: str | None) -> None:
 
 def presets_list(plain: bool) -> None:
     """``agentopd presets list``."""
-    table = Table("preset", "what it is", header_style="bold", pad_edge=False)
+    from agentopd.config.load import resolve_objective
+
+    table = Table("preset", "what it is", "needs", header_style="bold", pad_edge=False)
     for name in PRESETS:
-        table.add_row(name, SUMMARIES[name])
+        table.add_row(name, SUMMARIES[name], ", ".join(resolve_objective(name).inputs()))
     make_console(plain).print(table)
 
 
@@ -191,9 +193,15 @@ def presets_show(name: str) -> None:
     """``agentopd presets show``."""
     from agentopd.config import dump_toml
     from agentopd.config.load import resolve_objective
+    from agentopd.config.presets import ORIGINS
 
-    print(f"# {SUMMARIES.get(name, '')}".rstrip())
-    print(dump_toml(resolve_objective(name)), end="")
+    objective = resolve_objective(name)
+    source, published, ours = ORIGINS[name]
+    notes = {"needs": ", ".join(objective.inputs()), "source": source, "published": published, "ours": ours}
+    print(f"# {SUMMARIES[name]}")
+    for title, note in notes.items():
+        print(f"# {title + ':':<11}{note}")
+    print(dump_toml(objective), end="")
 
 
 def micro_build(path: Path, overrides: Sequence[str], plain: bool) -> None:

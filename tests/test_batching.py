@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from agentopd.batching import build_batch, split_micro_batches
+from agentopd.config.load import resolve_objective
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.contracts import Evidence, ScoredEpisode
@@ -44,13 +45,13 @@ def item(outcome=1.0, turns=((11, 12, END), (OPEN, 13, CLOSE, END)), skill="a", 
         id=fields.pop("id", "e"), task_id="t", task_hash="h", env="toy", split="train", skill=skill, group_id=group,
         prompt_ids=fields.pop("prompt_ids", (3, 4)), turns=made, stop_reason=StopReason(stop),
     )  # fmt: skip
-    certificates = fields.pop("certificates", ())
+    certificates, anchor = fields.pop("certificates", ()), fields.pop("anchor", False)
     if outcome is None:
         verdict = Verdict.unjudged(VerdictStatus.INFRA_ERROR, "gone")
     else:
         status = VerdictStatus.OK if outcome == 1 else VerdictStatus.WRONG
         verdict = Verdict(outcome=outcome, status=status, reward=outcome, certificates=certificates)
-    return ScoredEpisode(episode, verdict, fields.pop("evidence", evidence(episode.num_sampled)))
+    return ScoredEpisode(episode, verdict, fields.pop("evidence", evidence(episode.num_sampled)), anchor=anchor)
 
 
 def build(items, config=None, shares=None, **kwargs):
@@ -274,3 +275,90 @@ def test_order_of_episodes_only_permutes_rows():
 def test_replay_flag_does_not_change_the_tensors():
     plain, replayed = build([item()]), build([replace(item(), replay=True)])
     assert torch.equal(plain.teacher_scale_N, replayed.teacher_scale_N)
+
+
+def test_rows_beside_the_students_take_part_in_the_anchor_alone():
+    gold = item(evidence=None, anchor=True, id="gold")
+    config = objective("stable_opd")
+    batch = build([item(1.0), item(0.0), gold], config)
+    beside = batch.row_N == 2
+    assert torch.equal(beside, ~batch.policy_N)
+    for name in ("teacher_scale_N", "verifier_scale_N", "reference_scale_N"):
+        assert getattr(batch, name)[beside].abs().max() == 0
+    assert_close(batch.anchor_scale_N, torch.where(beside, 1 / 7, 0.0))
+    assert batch.metrics["batch/anchors"] == 1
+    alone = build([item(1.0), item(0.0)], config)
+    assert torch.equal(batch.teacher_scale_N[~beside], alone.teacher_scale_N)
+
+
+def test_rows_beside_the_students_do_not_move_the_group():
+    config = objective("sg_opd")
+    with_gold = build([item(1.0), item(0.0), item(1.0, evidence=None, anchor=True)], config)
+    assert torch.equal(with_gold.advantage_N[:14], build([item(1.0), item(0.0)], config).advantage_N)
+    assert with_gold.advantage_N[14:].abs().max() == 0
+
+
+def test_a_forward_kl_anchor_reads_the_teachers_top_k():
+    warm_up = resolve_objective("sparse_dense").at(0.0)
+    batch = build([item(1.0)], warm_up)
+    assert torch.isfinite(batch.teacher_topk_logprobs_NK).all()
+    assert batch.teacher_scale_N.abs().max() == 0 and batch.anchor_scale_N.min() > 0
+    assert build([item(1.0, evidence=None), item(1.0)], warm_up).metrics["batch/no_evidence"] == 1
+
+
+def test_candidates_replace_the_support_and_are_compared_with_the_teachers():
+    chosen = np.tile(np.array([10, 90, 91]), (7, 1))
+    given = {"candidate_ids": chosen, "candidate_logprobs": np.full((7, 3), -2.0, np.float32)}
+    batch = build([item(evidence=evidence(7, **given))], objective("rethink_opd"))
+    assert batch.teacher_topk_ids_NK.tolist() == chosen.tolist()
+    assert_close(batch.overlap_N, torch.full((7,), 1 / 3))
+    union = objective("rethink_opd", divergence={"support": "union"})
+    found = build([item(evidence=evidence(7, **given))], union)
+    assert (found.teacher_topk_logprobs_NK > -torch.inf).sum(-1).tolist() == [5] * 7
+    with pytest.raises(TeacherError, match="missing"):
+        build([item()], objective("rethink_opd"))
+
+
+def test_the_suffix_is_left_to_the_student_where_the_margin_falls():
+    turns = tuple((11, 12, 13) for _ in range(8))
+    top = np.repeat([3, 3.1, 2.9, 3, 1, 1.1, 0.9, 1], 3)
+    logprobs = np.stack([np.full(24, -1.0), -1.0 - top], 1).astype(np.float32)
+    given = {"candidate_ids": np.zeros((24, 2), np.int64), "candidate_logprobs": logprobs}
+    batch = build([item(turns=turns, evidence=evidence(24, **given))], objective("prefix_opd"))
+    assert (batch.teacher_scale_N > 0).tolist() == [True] * 12 + [False] * 12
+    assert batch.metrics["batch/masked_suffix"] == 12
+
+
+def test_a_looping_tail_can_be_hidden_from_the_teacher():
+    looping = item(turns=((9, 8, *[11, 12] * 30),))
+    batch = build([looping], objective("opd", masks={"repetition": "mask"}))
+    assert (batch.teacher_scale_N > 0).tolist() == [True] * 4 + [False] * 58
+    assert batch.metrics["batch/masked_repetition"] == 58
+    assert build([looping], objective("opd")).metrics["batch/masked_repetition"] == 0
+
+
+def test_the_entropy_mask_keeps_the_denominators():
+    config = objective("topk_opd", masks={"entropy_top_ratio": 0.5})
+    batch = build([item(), item(turns=((11, 12),))], config)
+    assert_close(batch.teacher_scale_N, torch.full((9,), 1 / (4 + 1)))
+
+
+def test_whole_distributions_need_hidden_states():
+    with pytest.raises(TeacherError, match="hidden states"):
+        build([item()], objective("gkd"))
+    batch = build([item(evidence=evidence(7, hidden=np.ones((7, 5), np.float32)))], objective("gkd"))
+    assert batch.teacher_hidden_NG.shape == (7, 5) and batch.teachers == ("toy",)
+
+
+def test_aligned_evidence_is_compared_at_the_first_token_of_a_segment():
+    segments = np.array([0, 0, -1, 1, 2, 2, -1])
+    batch = build([item(evidence=evidence(7, segments=segments))], objective("simct_opd"))
+    assert (batch.teacher_scale_N > 0).tolist() == [True, False, False, True, True, False, False]
+    assert batch.segment_N.tolist() == segments.tolist()
+
+
+def test_an_absolute_advantage_needs_no_group():
+    config = ObjectiveConfig.model_validate({**PRESETS["grpo"], "verifier": {"kind": "absolute"}})
+    batch = build([item(1.0), item(0.0, group="h"), item(None, group="i")], config)
+    assert batch.advantage_N.tolist() == [1.0] * 7 + [-1.0] * 7 + [0.0] * 7
+    assert (batch.verifier_scale_N[14:] == 0).all()

@@ -55,6 +55,15 @@ ACCESS: tuple[Access, ...] = ("none", "text", "sampled", "topk", "full")
 """Each includes those before it."""
 
 
+_TEACHERS: dict[Access, str] = {
+    "none": "no teacher",
+    "text": "teacher: text",
+    "sampled": "teacher: log-probs of sampled ids",
+    "topk": "teacher: top-K log-probs",
+    "full": "teacher: whole distributions (local)",
+}
+
+
 class Blocks(Section):
     """One choice of blocks: an objective, or one of its stages."""
 
@@ -218,12 +227,22 @@ class ObjectiveConfig(Blocks):
         yield from self.stages
         yield self
 
-    def anchored_until(self) -> float:
-        """Share of the steps after which no teacher rollouts are read any more (0: none ever are)."""
-        ends = [0.0, *(stage.until for stage in self.stages if stage.needs_teacher_rollouts)]
-        if self.needs_teacher_rollouts:
-            ends.append(self.anchor.off_from if isinstance(self.anchor, TeacherAnchor) else 1.0)
-        return max(ends)
+    def inputs(self) -> list[str]:
+        """What a run has to provide for these blocks, in words: the row of this objective in the input matrix."""
+        stages = list(self.every_stage())
+        access = max((blocks.teacher_access for blocks in stages), key=ACCESS.index)
+        found = {
+            _TEACHERS[access]: access != "none",
+            "the student's candidates scored": any(blocks.student_top_k for blocks in stages),
+            "reference": any(blocks.needs_reference for blocks in stages),
+            "verdicts": any(blocks.needs_verdict for blocks in stages),
+            "groups of 2 or more": any(blocks.needs_groups for blocks in stages),
+            "teacher rollouts": any(blocks.needs_teacher_rollouts for blocks in stages),
+            "gold trajectories": any(blocks.needs_gold for blocks in stages),
+            "stored rollouts": any(blocks.needs_stored_rollouts for blocks in stages),
+            "judge": any(blocks.needs_rubric for blocks in stages),
+        }
+        return [name for name, needed in found.items() if needed]
 
 
 def anchor_coef(anchor: Anchor, progress: float) -> float:

@@ -185,7 +185,7 @@ class RubricAdvantage(Section):
 
 
 VerifierAdvantage = Annotated[
-    NoAdvantage | GroupAdvantage | AbsoluteAdvantage | RubricAdvantage, Field(discriminator="kind")
+    NoAdvantage | AbsoluteAdvantage | RubricAdvantage | GroupAdvantage, Field(discriminator="kind")
 ]
 
 # --- B4: router ------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class OutcomeRouter(Section):
 
 
 Router = Annotated[
-    UniformRouter | SignGate | CertificateGate | AsymmetricRouter | CalibratedRouter | OutcomeRouter,
+    UniformRouter | SignGate | CertificateGate | AsymmetricRouter | OutcomeRouter | CalibratedRouter,
     Field(discriminator="kind"),
 ]
 

@@ -1,6 +1,6 @@
 """One rank of a launched job: train a tiny model on this rank's episodes and leave weights and metrics behind.
 
-torchrun --nproc-per-node 2 worker.py OUT ZERO_STAGE
+torchrun --nproc-per-node 2 worker.py OUT ZERO_STAGE [PRESET]
 """
 
 import importlib.util
@@ -12,12 +12,18 @@ from typing import Any
 import torch
 
 from agentopd.batching import build_batch
+from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.run import LearnerConfig
 from agentopd.learner import runtime
 from agentopd.learner.deepspeed import DeepSpeedLearner
 from tests.token_classes import token_classifier
 
 SHARES = {"a": 0.75, "b": 0.25}
+OVERRIDES: dict[str, Any] = {
+    "sg_opd": {"stabiliser": {"phi_scale": 0.5}, "router": {"extrapolation": 1.0}},
+    "topk_opd": {"masks": {"entropy_top_ratio": 0.3}},
+}
+"""What makes a preset exercise a mean over the whole batch, or a mask only the learner sees."""
 
 
 def fixtures() -> Any:
@@ -29,9 +35,8 @@ def fixtures() -> Any:
     return module
 
 
-def train(make: Any, stage: int, out: Path) -> dict[str, float]:
+def train(make: Any, stage: int, out: Path, objective: ObjectiveConfig) -> dict[str, float]:
     """Three steps; the second has no episode on the last rank, and ranks always differ in micro-batches."""
-    objective = make._objective()
     config = LearnerConfig(lr=1e-2, warmup_steps=0, zero_stage=stage, micro_batch_tokens=128)
     learner = DeepSpeedLearner(make._model(), config, objective, total_steps=3)
     rank, ranks = runtime.rank(), runtime.world_size()
@@ -53,4 +58,5 @@ def train(make: Any, stage: int, out: Path) -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(fixtures(), int(sys.argv[2]), Path(sys.argv[1]))
+    make = fixtures()
+    train(make, int(sys.argv[2]), Path(sys.argv[1]), make._objective(*sys.argv[3:], **OVERRIDES.get(sys.argv[-1], {})))
