@@ -13,6 +13,7 @@ from agentopd.config.objective import anchor_coef
 from agentopd.config.objective_data import GoldNLL, MixedSource, TeacherAnchor, TeacherSource
 from agentopd.errors import UserError
 from agentopd.evaluate import Judged, stable_seed
+from agentopd.learner import runtime
 from agentopd.mixture import Drawn
 from agentopd.rollout import EpisodeSpec, RolloutOptions, run_scripted, stream_episodes
 from agentopd.runs import Run
@@ -102,13 +103,14 @@ async def _stored(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
 async def store_rollouts(run: Run) -> None:
     """Sample, judge and score every training task once, before the first step, where rollouts are read from disk.
 
-    Only what the folder lacks is made. Raises ``UserError`` where something is lacking after the first step: the
-    student that could have sampled it is gone.
+    Only what the folder lacks is made; ranks share the work. Raises ``UserError`` where something is lacking after the
+    first step: the student that could have sampled it is gone.
     """
     stored = run.teachers.stored_rollouts
     if stored is None:
         return
-    prompts = [(name, task) for name in run.teachers.routes for task in run.skills[name].train_tasks(run.config.seed)]
+    every = [(name, task) for name in run.teachers.routes for task in run.skills[name].train_tasks(run.config.seed)]
+    prompts = every[runtime.rank() :: runtime.world_size()]
     if run.step and not all(stored.has(*prompt) for prompt in prompts):
         raise UserError(f"{str(stored.cache.root)!r} has lost rollouts of the starting student: start the run again")
     judged = [item for answer in await stored.answer(prompts) for item in answer]
@@ -118,6 +120,7 @@ async def store_rollouts(run: Run) -> None:
             by_teacher.setdefault(run.teachers.routes[episode.skill], []).append(episode)
     for key, episodes in sorted(by_teacher.items()):
         await run.teachers.by_key[key].score(episodes, run.blocks.top_k)
+    runtime.barrier()
 
 
 _SOURCES: dict[str, Collect] = {

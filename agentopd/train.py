@@ -6,7 +6,7 @@ weights -> mixture draws prompts -> rollout || verify -> teacher scores -> batch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
@@ -70,15 +70,17 @@ async def train_step(run: Run) -> str:
         judged, beside = await collect(run, mine), await collect_beside(run, mine)
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)
-        scored = [*await score(run, rewarded, tasks), *await score(run, beside, tasks, anchor=True)]
+        scored, anchors = await score(run, rewarded, tasks), await score(run, beside, tasks, anchor=True)
     with clock.phase("learner"):
-        batch = build_batch(scored, run.blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
+        both = [*scored, *anchors]
+        batch = build_batch(both, run.blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
         learned = run.learner.step(batch)
     run.step += 1
     run.policy.engine.sync_weights(run.step)
     metrics = {**step_metrics(judged), **learned, **clock.metrics()}
     run.log(metrics)
-    keep_episodes(run, scored, {item.task.id: item.task for item in drawn})
+    shown = [replace(item, verdict=verdict) for item, (_, verdict) in zip(scored, judged, strict=True)]
+    keep_episodes(run, shown, {item.task.id: item.task for item in drawn})
     rates = [f"{name} {100 * metrics[f'{name}/success']:.0f} %" for name in run.skills if f"{name}/success" in metrics]
     return "  ".join(rates)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from agentopd.errors import ConfigError
@@ -10,6 +11,7 @@ from agentopd.errors import ConfigError
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _WORD_START = "▁"
 _BYTE_LEVEL = "ByteLevel"
+_REPLACEMENT = "\ufffd".encode()
 _PROBE = "Größe 3½: naïve → `x_1`\n\tend"
 
 
@@ -22,6 +24,7 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     byte_level = _BYTE_LEVEL in _component_types(tokenizer)
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
     special = set(tokenizer.all_special_ids)
+    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     table: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values()) + 1)
     for piece, index in tokenizer.get_vocab().items():
         if index in special:
@@ -32,6 +35,38 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
             table[index] = _byte_level(piece) if byte_level else _sentence_piece(piece)
     _check(tokenizer, table)
     return table
+
+
+def as_text(pieces: Sequence[bytes]) -> list[bytes]:
+    """The pieces as they show in decoded text: bytes that are no UTF-8 become U+FFFD, in the piece that ends them.
+
+    Joined, they are the UTF-8 of ``b"".join(pieces).decode(errors="replace")``.
+    """
+    invalid = _invalid_ranges(b"".join(pieces))
+    if not invalid:
+        return list(pieces)
+    shown, start = [], 0
+    for piece in pieces:
+        end, cursor, parts = start + len(piece), start, []
+        for low, high in invalid:
+            if low < end and high > start:
+                parts.append(piece[max(cursor, start) - start : max(low, start) - start])
+                parts.append(_REPLACEMENT if high <= end else b"")
+                cursor = min(high, end)
+        shown.append(b"".join([*parts, piece[cursor - start :]]))
+        start = end
+    return shown
+
+
+def _invalid_ranges(data: bytes) -> list[tuple[int, int]]:
+    found, start = [], 0
+    while True:
+        try:
+            data[start:].decode()
+            return found
+        except UnicodeDecodeError as exc:
+            found.append((start + exc.start, start + exc.end))
+            start += exc.end
 
 
 def _component_types(tokenizer: Any) -> set[str]:

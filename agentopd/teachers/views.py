@@ -16,7 +16,7 @@ import numpy as np
 from agentopd.contracts import Evidence
 from agentopd.errors import TaskError, TeacherError
 from agentopd.objective.alignment import Segment, align_bytes, shared_ids, translate
-from agentopd.rendering.pieces import token_bytes
+from agentopd.rendering.pieces import as_text, token_bytes
 from agentopd.rendering.templates import ChatRenderer, assistant_text
 from agentopd.types import Episode, Message, Task, ToolSchema, Turn
 
@@ -176,6 +176,7 @@ class CrossTokenizerView:
 
 
 def _spelled(ids: Sequence[int], table: Sequence[bytes | None], renderer: ChatRenderer) -> list[bytes]:
-    """Bytes of a turn's ids, special tokens spelled out, without its end-of-turn token."""
+    """What a turn's ids show as in its text, special tokens spelled out, without its end-of-turn token."""
     body = ids[:-1] if ids and ids[-1] in renderer.end_of_turn_ids else ids
-    return [table[index] or str(renderer.tokenizer.convert_ids_to_tokens(index)).encode() for index in body]
+    spelling = renderer.tokenizer.convert_ids_to_tokens
+    return as_text([table[index] or str(spelling(index)).encode() for index in body])

@@ -1,5 +1,7 @@
 """The bytes behind token ids."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from agentopd.errors import ConfigError
 from agentopd.models import load_tokenizer
-from agentopd.rendering.pieces import token_bytes
+from agentopd.rendering.pieces import as_text, token_bytes
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,18 @@ def test_special_tokens_have_no_bytes_and_markers_have_their_own(micro):
     table = token_bytes(micro)
     assert all(table[index] is None for index in micro.all_special_ids)
     assert table[micro.convert_tokens_to_ids("<tool_call>")] == b"<tool_call>"
+
+
+@given(data=st.binary(max_size=24), cuts=st.lists(st.integers(0, 24), max_size=6))
+def test_pieces_of_any_bytes_show_as_their_decoded_text(data, cuts):
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    pieces = [data[a:b] for a, b in pairwise(edges)]
+    assert b"".join(as_text(pieces)) == data.decode(errors="replace").encode()
+
+
+def test_a_character_cut_in_two_stays_with_both_pieces():
+    assert as_text([b"a\xc3", b"\xbc"]) == [b"a\xc3", b"\xbc"]
+    assert as_text([b"a\xff", b"b", b"\xc3"]) == ["a\ufffd".encode(), b"b", "\ufffd".encode()]
 
 
 def test_sentence_piece_with_byte_fallback():

@@ -183,7 +183,7 @@ def test_with_the_same_tokenizer_the_view_is_the_identity_but_for_special_tokens
     inside = found.segments >= 0
     np.testing.assert_array_equal(found.segments[inside], np.arange(inside.sum()))
     np.testing.assert_array_equal(found.teacher_logprobs[inside], answer.teacher_logprobs[inside])
-    assert view.num_shared == len(student.tokenizer) - len(student.tokenizer.all_special_ids)
+    assert view.num_shared == len(student.tokenizer) - len(CONTROL)
 
 
 def test_a_turn_that_was_cut_off_has_no_end_in_either_tokenizer(renderers, task):
@@ -206,6 +206,18 @@ def test_a_special_token_in_the_text_is_in_no_segment(renderers, task):
     n = shown.num_sampled
     flat = Evidence("t", np.zeros(n, np.float32), np.tile(np.arange(k), (n, 1)), np.full((n, k), -5.0, np.float32))
     found = view.read(mine, shown, replace(flat))
-    marked = [token in student.tokenizer.all_special_ids for token in mine.turns[0].token_ids]
-    assert sum(marked) >= 1 and (found.segments[np.array(marked)] == -1).all()
+    marked = [token_bytes(student.tokenizer)[token] is None for token in mine.turns[0].token_ids]
+    assert sum(marked) == 2 and (found.segments[np.array(marked)] == -1).all()
     assert (found.segments >= 0).any()
+
+
+def test_bytes_that_are_no_text_do_not_end_the_alignment(renderers, task):
+    student, teacher = renderers
+    stray = student.tokenizer.convert_tokens_to_ids("ÿ")  # the byte 0xFF
+    body = [*student.encode_turn("The ")[:-1], stray, *student.encode_turn(" answer")]
+    turn = Turn(token_ids=tuple(body), rollout_logprobs=(-1.0,) * len(body), text=student.decode_turn(body))
+    mine = episode(student, task).model_copy(update={"turns": (turn,)})
+    view = CrossTokenizerView(opening(student), teacher)
+    shown = view.show(task, mine)
+    answer = score(LocalTeacher("t", model(len(teacher.tokenizer))), shown, 10_000)
+    assert (view.read(mine, shown, answer).segments[:-1] >= 0).all()
