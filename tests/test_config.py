@@ -199,3 +199,58 @@ def test_a_suite_file_can_be_replaced_and_overridden(tmp_path):
 def test_another_preset_drops_the_block_settings_of_the_file(preset):
     quickstart = Path(__file__).parent.parent / "configs/quickstart.toml"
     assert _raw(quickstart, [f"objective.preset={preset}"])["objective"] == {"preset": preset}
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "needle"),
+    [
+        ("opd", ["objective.router.kind=sign_gate"], "set verifier 'grpo'"),
+        ("grpo", ["objective.router.kind=certificate"], "divergence is 'none'"),
+        ("topk_opd", ["objective.router.kind=asymmetric"], "sampled_pg"),
+        ("topk_opd", ["objective.reference.extrapolation=1.5"], "sampled_pg"),
+        ("topk_opd", ["objective.router.kind=certificate", "objective.router.fallback=preserve"], "sampled_pg"),
+        ("opd", ["objective.source=mixed"], "differentiated directly"),
+        ("opd", ["objective.source=gold"], "no samples of the student"),
+        ("seqkd", ["objective.anchor.prompt_share=0.5"], "source decides"),
+        ("gkd", ["objective.divergence.beta=0.0005"], "too near a limit"),
+        ("topk_opd", ["objective.divergence.tail=bucket", "objective.divergence.renormalise=false"], "bucket"),
+        ("topk_opd", ["objective.alignment.kind=simct", "objective.divergence.tail=bucket"], "tail 'none'"),
+        ("opd", ["objective.stabiliser.phi_scale=2"], "phi, which is 'off'"),
+        ("topk_opd", ["objective.stabiliser.phi=chord"], "sampled_pg"),
+        ("opd", ["objective.masks.suffix_top_k=4"], "suffix, which is 'off'"),
+        ("opd", ["objective.weights.step_floor=0.1"], "step_delta, which is off"),
+        ("opd", ["objective.reference.policy=teacher_base"], "nothing to act on"),
+        ("opd", ["objective.verifier.kind=grpo", "objective.verifier.coef=0"], "no router reads the advantage"),
+        ("exopd", ["objective.reference.policy=teacher_base"], "set 'base'"),
+        ("sg_opd", ["objective.anchor.off_from=0.1"], "comes before"),
+        ("opd", ["rollout.top_p=0.9"], "tis_cap"),
+        ("ropd", [], "[judge]"),
+    ],
+)
+def test_a_choice_that_lacks_an_input_or_has_no_effect_is_refused(config_file, preset, overrides, needle):
+    assert needle in refusal(config_file, f"objective.preset={preset}", *overrides)
+
+
+def test_a_preset_says_what_it_needs():
+    assert resolve_objective("sg_opd").inputs() == [
+        "teacher: log-probs of sampled ids",
+        "reference",
+        "verdicts",
+        "groups of 2 or more",
+        "teacher rollouts",
+    ]
+    assert resolve_objective("sft").inputs() == ["gold trajectories"]
+    assert "judge" in resolve_objective("ropd").inputs()
+
+
+def test_stages_must_follow_one_another(config_file):
+    text = MINIMAL + "".join(
+        f'[[objective.stages]]\nuntil = {until}\nsource = "gold"\ndivergence = {{ kind = "none" }}\n'
+        'anchor = { kind = "gold_nll" }\n'
+        for until in (0.5, 0.2)
+    )
+    config_file.write_text(text)
+    assert "one after the other" in refusal(config_file)
+    config_file.write_text(text.replace("until = 0.5", "until = 0.1"))
+    objective = load_run_config(config_file).objective
+    assert [objective.at(p).source.kind for p in (0.0, 0.15, 0.3)] == ["gold", "gold", "student"]

@@ -211,6 +211,7 @@ class RunConfig(Section):
             self._teachers_suffice(blocks, new)
             if blocks.needs_groups and self.rollout.group_size < 2:
                 raise ValueError("the group-relative advantage needs rollout.group_size >= 2 (it is 1)")
+            self._nucleus_fits(blocks)
             if blocks.needs_stored_rollouts:
                 self._rollouts_can_be_stored(blocks)
         if any(blocks.needs_rubric for blocks in self.objective.every_stage()) != (self.judge is not None):
@@ -241,6 +242,16 @@ class RunConfig(Section):
             raise ValueError("source 'offline' has no teacher to score the current student's candidates: masks.suffix")
         if len(list(self.objective.every_stage())) > 1:
             raise ValueError("source 'offline' is a run of its own: it cannot be a stage")
+
+    def _nucleus_fits(self, blocks: Blocks) -> None:
+        """Log-probs of nucleus samples are renormalised inside the nucleus: their ratio to the learner's is biased."""
+        bounds = {key: getattr(blocks.stabiliser, key) for key in ("tis_cap", "rejection", "max_prob_drop")}
+        if self.rollout.top_p < 1 and blocks.has_policy_gradient and any(bounds.values()):
+            name = next(key for key, value in bounds.items() if value)
+            raise ValueError(
+                f"rollout.top_p {self.rollout.top_p} renormalises the sampler's log-probs, and stabiliser.{name} "
+                f"compares them with the learner's: set objective.stabiliser.{name} = 'none', or top_p = 1"
+            )
 
     def _teachers_suffice(self, blocks: Blocks, new: list[SkillConfig]) -> None:
         """Every new skill has a teacher, and it gives what these blocks read."""
