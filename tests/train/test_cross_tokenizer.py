@@ -22,7 +22,7 @@ from agentopd.train import train
 pytestmark = pytest.mark.slow
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PROSE = ["It was the best of times, it was the worst of times; there were apples and pears in the store."] * 30
-STEPS = 14
+STEPS = 10
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def test_a_student_improves_under_a_teacher_with_another_tokenizer(student, tmp_
     config.write_text(
         f'run_dir = "{tmp_path / "run"}"\nthreads = 1\n[model]\nstudent = "{student}"\ndtype = "float32"\n'
         '[teachers.default]\nmodel = "micro/teacher"\n[objective]\npreset = "simct_opd"\n'
-        '[[suite.skills]]\nname = "store"\nenv = "tool_use"\n[suite.skills.limits]\nmax_turns = 1\nmax_tokens = 48\n'
-        f"[train]\nsteps = {STEPS}\nprompts_per_step = 6\n[rollout]\ngroup_size = 2\n"
+        '[[suite.skills]]\nname = "store"\nenv = "tool_use"\n[suite.skills.limits]\nmax_turns = 1\nmax_tokens = 40\n'
+        f"[train]\nsteps = {STEPS}\nprompts_per_step = 4\n[rollout]\ngroup_size = 2\n"
         "[learner]\nlr = 3e-3\nwarmup_steps = 0\n[eval]\ntasks_per_skill = 2\n"
     )
     before = gold_nll(student)
@@ -87,6 +87,8 @@ def test_a_student_improves_under_a_teacher_with_another_tokenizer(student, tmp_
     rows = read_jsonl(tmp_path / "run/metrics.jsonl")
     kl = [row["distill/reverse_kl"] for row in rows]
     assert all(np.isfinite(row["loss/total"]) and row["distill/coverage"] > 0.3 for row in rows)
-    assert np.mean(kl[-3:]) < 0.7 * np.mean(kl[:3])
-    assert gold_nll(tmp_path / "run/model") < before - 0.5
+    after = gold_nll(tmp_path / "run/model")
+    print(f"reverse KL {kl[0]:.3f} -> {kl[-1]:.3f} nats, NLL of gold {before:.3f} -> {after:.3f}")
+    assert np.mean(kl[-2:]) < 0.8 * np.mean(kl[:2])
+    assert after < before - 0.1
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").config.vocab_size == 320
