@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -104,7 +105,11 @@ def build_sandbox(config: SandboxConfig) -> Sandbox:
     """The configured sandbox backend, not started."""
     workers = config.workers or os.cpu_count() or 1
     limits = SandboxLimits(wall_s=config.wall_s, cpu_s=config.wall_s, memory_mb=config.memory_mb)
-    sandbox: Sandbox = sandboxes.get(config.backend)(workers=workers, limits=limits)
+    backend = sandboxes.get(config.backend)
+    options = {key: value for key in ("hosts", "runtime") if (value := getattr(config, key))}
+    for key in options.keys() - signature(backend).parameters.keys():
+        raise ConfigError(f"sandbox.{key} has no effect on the backend {config.backend!r}; leave it out")
+    sandbox: Sandbox = backend(workers=workers, limits=limits, **options)
     return sandbox
 
 

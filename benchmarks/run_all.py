@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("rollout", "learner_step")
+NAMES = ("rollout", "learner_step", "sandbox")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -45,8 +45,13 @@ def _inputs(blocks: Blocks) -> Iterator[str]:
             f"source {source!r} has no samples of the student: {divergence}, {blocks.verifier.kind} and kl_coef "
             "need source 'student'"
         )
-    if source == "mixed" and (divergence not in _DIRECT or blocks.has_policy_gradient or blocks.reference.kl_coef > 0):
+    if source == "mixed" and divergence not in _DIRECT:
         yield f"source 'mixed' needs a divergence that is differentiated directly, one of {', '.join(_DIRECT)}"
+    elif source == "mixed" and (blocks.has_policy_gradient or blocks.reference.kl_coef > 0):
+        yield (
+            f"source 'mixed' has trajectories that the student did not sample: verifier {blocks.verifier.kind!r} and "
+            f"kl_coef {blocks.reference.kl_coef:g} need source 'student'; set verifier 'none' and kl_coef 0"
+        )
     if source in ("gold", "teacher") and divergence == anchor.kind == "none":
         yield f"source {source!r} needs an anchor or a divergence to train with"
     if source == "teacher" and isinstance(anchor, GoldNLL):

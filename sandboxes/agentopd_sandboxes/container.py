@@ -40,7 +40,10 @@ _COMMAND = ["python3", "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT]
 
 
 def hardened(limits: SandboxLimits) -> dict[str, Any]:
-    """What the engine is told about a container for these limits."""
+    """What the engine is told about a container for these limits.
+
+    Its agent ends with the judge's end of its standard input, and ``auto_remove`` has the engine clear away the rest.
+    """
     disk = f"size={4 * limits.file_mb}m,nr_inodes=4096,mode=700,uid=65534,gid=65534,nosuid,nodev,noexec"
     memory = f"{limits.memory_mb + SPARE_MB}m"
     return {
@@ -57,6 +60,7 @@ def hardened(limits: SandboxLimits) -> dict[str, Any]:
         "shm_size": f"{4 * limits.file_mb}m",
         "tmpfs": {"/work": disk, "/tmp": disk},
         "log_config": {"type": "none"},
+        "auto_remove": True,
         "ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
     }
 

@@ -4,7 +4,10 @@ import asyncio
 
 import pytest
 
+from agentopd.build import build_sandbox
+from agentopd.config.run import SandboxConfig
 from agentopd.contracts import Case, CaseStatus, Program, Sandbox, SandboxLimits
+from agentopd.errors import ConfigError
 from agentopd.testing import HONEST, HOSTILE, check_sandbox
 from agentopd_sandboxes.unsafe import UnsafeSandbox
 
@@ -32,3 +35,10 @@ def test_the_suite_tells_a_sandbox_from_none() -> None:
     rows = [row for row in (*HOSTILE, *HONEST) if row.id in leaky | {"A1", "B11", "E51", "H1"}]
     findings = asyncio.run(check_sandbox(UnsafeSandbox(workers=1), rows))
     assert {finding.id for finding in findings if not finding.ok} == leaky | {"host"}
+
+
+def test_settings_a_backend_does_not_have_are_refused() -> None:
+    config = SandboxConfig(backend="jail", runtime="runsc")
+    with pytest.raises(ConfigError, match=r"sandbox\.runtime has no effect on the backend 'jail'"):
+        build_sandbox(config)
+    assert build_sandbox(SandboxConfig(backend="docker", hosts=("unix:///a", "tcp://b:1"))).name == "docker"
