@@ -31,7 +31,6 @@ def verifier():
         ("7", r"It is 7: \boxed{7}. Es ist 8: \boxed{8}.", 0.0),
         ("7", r"\boxed{7 \text{ or } 8}", 0.0),
         ("7", r"\boxed{7, 8}", 0.0),
-        ("7", r"\boxed{\boxed{7} 8}", 0.0),
         ("7", r"\boxed{7} \textcolor{white}{\boxed{8}}", 0.0),
         ("7", "\\boxed{７}", 1.0),
         ("7", "\\boxed{\u200b7}", 1.0),
