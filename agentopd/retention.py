@@ -39,7 +39,7 @@ async def measure(
         await judge.start((name, found[0]) for name, found in tasks.items())
         with progress(console, "evaluating", len(models) * sum(map(len, tasks.values())) * config.k) as advance:
             for model in models:
-                policy = build_policy(model, "bfloat16", RolloutConfig())
+                policy = build_policy(model, "auto", RolloutConfig())
                 start = start or policy
                 judged = await evaluate_model(policy, skills, tasks, judge, config, advance)
                 kl = None

@@ -37,7 +37,7 @@ class _Job:
 def work(plan: Plan, console: Console, jobs: int | None = None) -> list[str]:
     """Train what is not finished yet; returns one line on each run that failed. Raises ``UserError``."""
     for run in (*([plan.start] if plan.start else []), *plan.runs):
-        _check_same_config(run)
+        _check_same_config(plan, run)
     at_once = jobs or plan.comparison.jobs or _default_jobs(plan)
     failures: list[str] = []
     if plan.start is not None and not finished(plan.start):
@@ -101,7 +101,7 @@ def _spawn(plan: Plan, run: PlannedRun, lock: int) -> subprocess.Popen[bytes]:
         arguments = ["resume", str(run.path)]
     else:
         shutil.rmtree(run.path, ignore_errors=True)
-        config = plan.out / "configs" / f"{run.name}.toml"
+        config = _asked(plan, run)
         config.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(config, dump_toml(run.config))
         arguments = ["train", str(config)]
@@ -140,10 +140,15 @@ def _log(plan: Plan, run: PlannedRun) -> Path:
     return folder / f"{run.name}.log"
 
 
-def _check_same_config(run: PlannedRun) -> None:
+def _asked(plan: Plan, run: PlannedRun) -> Path:
+    return plan.out / "configs" / f"{run.name}.toml"
+
+
+def _check_same_config(plan: Plan, run: PlannedRun) -> None:
     """A directory that another config made would be passed off as this arm's."""
-    made = run.path / "config.toml"
-    if made.is_file() and load_run_config(made) != run.config:
+    # What was asked for, where it is known: the run's own file has "auto" settings decided.
+    asked, made = _asked(plan, run), run.path / "config.toml"
+    if made.is_file() and load_run_config(asked if asked.is_file() else made) != run.config:
         raise UserError(
             f"{str(run.path)!r} was made with another config than {run.name} has now: "
             "move it away, or choose another out"

@@ -74,6 +74,7 @@ class DeepSpeedLearner:
     ) -> None:
         self.config = config
         self.objective = objective
+        self.total_steps = total_steps
         self.stretches: Sequence[int] = (total_steps,)
         """Lengths of the stretches of steps that each have a learning-rate schedule of their own."""
         self.rate_scale = 1.0
