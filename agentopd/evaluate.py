@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from agentopd.build import Judge, Policy, Skill
+from agentopd.build import Judge, Policy, Skill, live_options
 from agentopd.config.run import EvalConfig
 from agentopd.evaluation.metrics import EvalResult, score_skill
 from agentopd.learner.runtime import gather_objects, rank, world_size
@@ -70,7 +70,8 @@ async def evaluate_model(
 ) -> list[Judged]:
     """Sample and judge ``config.k`` episodes of every task. Ranks share the work; all return all results."""
     specs = eval_specs(tasks, skills, config.k, config.seed)[rank() :: world_size()]
-    options = RolloutOptions(temperature=config.temperature, sandbox=judge.sandbox)
+    live = live_options(skills.values())
+    options = RolloutOptions(temperature=config.temperature, sandbox=judge.sandbox, **live)
 
     async def finished(spec: EpisodeSpec, episode: Episode) -> Judged:
         verdict = await judge(spec.task, episode)

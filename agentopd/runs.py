@@ -21,10 +21,10 @@ from agentopd.evaluate import evaluate_model, heldout_tasks, summarise
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.learner import runtime
 from agentopd.learner.deepspeed import DeepSpeedLearner
-from agentopd.mixture import Mixture, TaskStream
+from agentopd.mixture import Decontaminator, Mixture, Overlap, TaskStream, sentence_embedder
 from agentopd.models import model_hash, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
-from agentopd.tracking import Provenance, RunDirectory, Session, Tracker, open_tracker
+from agentopd.tracking import Provenance, RunDirectory, Session, Tracker, open_tracker, write_atomic
 from agentopd.types import Task
 
 
@@ -68,6 +68,8 @@ class Run:
     """Finished steps."""
     tracker: Tracker | None = None
     evals: dict[str, EvalResult] = field(default_factory=dict)
+    overlaps: Mapping[tuple[str, str], Overlap] = field(default_factory=dict)
+    """Training tasks met so far that are held-out tasks in other words, by skill and task."""
 
     @classmethod
     def start(cls, config: RunConfig, allow_uncertified: Sequence[str] = ()) -> Run:
@@ -108,10 +110,16 @@ class Run:
         teachers = build_teachers(config, policy)
         judge = Judge(skills.values(), build_sandbox(config.sandbox))
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
-        streams = {name: TaskStream(skill.env, skill.config, config.seed) for name, skill in skills.items()}
-        mixture = Mixture(streams, config.suite.skills, config.replay)
+        model = config.decontamination.embedding_model
+        clean = Decontaminator(heldout, config.decontamination, sentence_embedder(model) if model else None)
+        seed = config.seed if config.suite.seed is None else config.suite.seed
+        streams = {name: TaskStream(skill.env, skill.config, seed, keep=clean.kept) for name, skill in skills.items()}
+        mixture = Mixture(streams, config.suite.skills, config.replay, config.suite.temperature)
         learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps)
-        return cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, policy.classify())
+        classify = policy.classify()
+        run = cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, classify)
+        run.overlaps = clean.found
+        return run
 
     @property
     def old_skills(self) -> frozenset[str]:
@@ -134,6 +142,7 @@ class Run:
             )
             self.directory = RunDirectory.create(self.root, dump_toml(config), provenance)
             self.tracker = open_tracker(self.directory, tensorboard=config.tracking.tensorboard)
+        self._list_overlaps()
         runtime.barrier()
 
     async def evaluate(self, stage: str) -> EvalResult:
@@ -177,6 +186,12 @@ class Run:
             self.mixture.state(),
             keep=self.config.train.keep_checkpoints,
         )
+        self._list_overlaps()
+
+    def _list_overlaps(self) -> None:
+        if self.directory is not None and self.overlaps:
+            lines = "".join(item.model_dump_json() + "\n" for item in self.overlaps.values())
+            write_atomic(self.root / "overlaps.jsonl", lines)
 
     def export(self) -> Path:
         """Write the student as a Hugging Face directory, tokenizer included: ``<run>/model``."""

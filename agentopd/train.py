@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from agentopd.batching import build_batch
+from agentopd.build import live_options
 from agentopd.console import progress
 from agentopd.contracts import ScoredEpisode
 from agentopd.evaluate import Judged, stable_seed
@@ -88,9 +89,9 @@ async def collect(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
     copies = config.rollout.group_size if config.objective.source == "student" else 1
     specs = [spec for item in drawn for spec in _group(run, item, copies)]
     tasks = {item.task.id: item.task for item in drawn}
-    options = RolloutOptions(
-        config.rollout.temperature, config.rollout.top_p, config.rollout.max_malformed, run.judge.sandbox
-    )
+    sampling = config.rollout
+    live = live_options(run.skills.values())
+    options = RolloutOptions(sampling.temperature, sampling.top_p, sampling.max_malformed, run.judge.sandbox, **live)
 
     async def finished(spec: EpisodeSpec, episode: Episode) -> Judged:
         return episode, await run.judge(tasks[spec.task.id], episode)

@@ -7,11 +7,21 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from agentopd.config.base import OFF, Section
+from agentopd.config.decontamination import DecontaminationConfig
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.types import Limits
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 """``auto``: bfloat16 on accelerators and on CPUs that compute in it, float32 on other CPUs, where bfloat16 is slow."""
+
+
+class CurriculumConfig(Section):
+    """Tasks by difficulty: the easiest share grows as sqrt, from ``start`` to all (Platanios et al. 2019)."""
+
+    start: float = Field(0.3, gt=0, le=1)
+    """Share of the tasks on offer at first."""
+    tasks: int = Field(2000, ge=1)
+    """Tasks drawn until all are on offer."""
 
 
 class SkillConfig(Section):
@@ -34,6 +44,12 @@ class SkillConfig(Section):
     """Cap on distinct training tasks; None takes what the source has (a procedural source has no end)."""
     limits: Limits | None = None
     """Overrides the tasks' own limits."""
+    curriculum: CurriculumConfig | None = None
+    """Easy tasks first; None takes tasks as they come."""
+    max_live: int | None = Field(None, ge=1)
+    """Episodes of this skill that may be under way at once."""
+    own_batches: bool = False
+    """Decode its episodes apart from the others', which then need not wait for a slow environment."""
 
     @field_validator("limits", mode="before")
     @classmethod
@@ -46,6 +62,10 @@ class SuiteConfig(Section):
     """The skills of a run or an evaluation."""
 
     name: str = "suite"
+    seed: int | None = None
+    """Fixes tasks and their order whatever the run's seed; None takes the run's."""
+    temperature: float | None = Field(None, gt=0)
+    """Shares of the new skills by their number of tasks to the power 1/temperature, instead of by weight."""
     skills: tuple[SkillConfig, ...] = ()
 
     @model_validator(mode="after")
@@ -56,6 +76,9 @@ class SuiteConfig(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two skills are named {name!r}; metrics are keyed by name, so rename one")
+        weighted = [skill.name for skill in self.skills if "weight" in skill.model_fields_set and skill.weight != 1.0]
+        if self.temperature is not None and weighted:
+            raise ValueError(f"give either temperature or weights: skill {weighted[0]!r} has a weight")
         return self
 
 
@@ -182,6 +205,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     sandbox: SandboxConfig = SandboxConfig()
     tracking: TrackingConfig = TrackingConfig()
+    decontamination: DecontaminationConfig = DecontaminationConfig()
 
     @model_validator(mode="before")
     @classmethod
