@@ -150,8 +150,8 @@ class Mixture:
         size = self._streams[skill.name].size
         if size is None:
             raise ConfigError(
-                f"suite.temperature needs to know how many tasks skill {skill.name!r} has, and they have no end: set its "
-                "num_train_tasks, or use weights"
+                f"suite.temperature needs to know how many tasks skill {skill.name!r} has, and they have no end: set "
+                "its num_train_tasks, or use weights"
             )
         return float(size ** (1 / temperature))
 
