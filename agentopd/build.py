@@ -74,6 +74,15 @@ def load_skills(suite: SuiteConfig) -> dict[str, Skill]:
     return skills
 
 
+def live_options(skills: Iterable[Skill]) -> dict[str, Any]:
+    """The options of a rollout that come from the suite: bounds on live episodes, and who decodes apart."""
+    configs = [skill.config for skill in skills]
+    return {
+        "max_live": {config.name: config.max_live for config in configs if config.max_live is not None},
+        "own_batches": frozenset(config.name for config in configs if config.own_batches),
+    }
+
+
 class Judge:
     """Judges episodes with the verifier of their task; verifiers are made once each, on first use."""
 

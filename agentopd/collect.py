@@ -9,6 +9,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 
+from agentopd.build import live_options
 from agentopd.config.objective import anchor_coef
 from agentopd.config.objective_data import GoldNLL, MixedSource, TeacherAnchor, TeacherSource
 from agentopd.errors import UserError
@@ -147,8 +148,8 @@ def _judged(run: Run, drawn: Sequence[Drawn]) -> Callable[[EpisodeSpec, Episode]
 
 
 def _options(run: Run) -> RolloutOptions:
-    rollout = run.config.rollout
-    return RolloutOptions(rollout.temperature, rollout.top_p, rollout.max_malformed, run.judge.sandbox)
+    rollout, live = run.config.rollout, live_options(run.skills.values())
+    return RolloutOptions(rollout.temperature, rollout.top_p, rollout.max_malformed, run.judge.sandbox, **live)
 
 
 def _group(run: Run, item: Drawn, copies: int) -> list[EpisodeSpec]:

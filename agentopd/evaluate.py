@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from agentopd.build import Judge, Policy, Skill
+from agentopd.build import Judge, Policy, Skill, live_options
 from agentopd.config.run import EvalConfig
 from agentopd.contracts import Teacher
 from agentopd.evaluation.metrics import EvalResult, score_skill
@@ -73,7 +73,8 @@ async def evaluate_model(
 ) -> list[Judged]:
     """Sample and judge ``config.k`` episodes of every task. Ranks share the work; all return all results."""
     specs = eval_specs(tasks, skills, config.k, config.seed)[rank() :: world_size()]
-    options = RolloutOptions(temperature=config.temperature, sandbox=judge.sandbox)
+    live = live_options(skills.values())
+    options = RolloutOptions(temperature=config.temperature, sandbox=judge.sandbox, **live)
 
     async def finished(spec: EpisodeSpec, episode: Episode) -> Judged:
         verdict = await judge(spec.task, episode)

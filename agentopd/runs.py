@@ -23,13 +23,24 @@ from agentopd.evaluate import evaluate_model, heldout_tasks, start_kl, summarise
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.learner import runtime
 from agentopd.learner.deepspeed import DeepSpeedLearner
-from agentopd.mixture import Action, CoresetStream, Mixture, MixtureState, TaskStream, choose_tasks, load_embedder
+from agentopd.mixture import (
+    Action,
+    CoresetStream,
+    Decontaminator,
+    Mixture,
+    MixtureState,
+    Overlap,
+    TaskStream,
+    choose_tasks,
+    load_embedder,
+    sentence_embedder,
+)
 from agentopd.mixture.coreset import Embed
 from agentopd.models import model_hash, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
 from agentopd.stats import cpu_seconds
 from agentopd.teaching import Teachers, build_teachers
-from agentopd.tracking import Provenance, RunDirectory, Session, Tracker, open_tracker
+from agentopd.tracking import Provenance, RunDirectory, Session, Tracker, open_tracker, write_atomic
 from agentopd.types import Task
 
 
@@ -77,6 +88,8 @@ class Run:
     """The latest checkpoint at which every old skill was within its tolerance, where a guard watches."""
     embed: Embed | None = None
     """Sentence embeddings, where replay chooses its tasks by them."""
+    overlaps: Mapping[tuple[str, str], Overlap] = field(default_factory=dict)
+    """Training tasks met so far that are held-out tasks in other words, by skill and task."""
     _stage: int = -1
     _cpu_logged: float = 0.0
 
@@ -121,14 +134,17 @@ class Run:
         judge = Judge(skills.values(), build_sandbox(config.sandbox))
         teachers = build_teachers(config, policy, skills, judge, root)
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
-        streams = {name: TaskStream(skill.env, skill.config, config.seed) for name, skill in skills.items()}
-        mixture = Mixture(streams, config.suite.skills, config.replay)
-        embed = load_embedder(config.replay.coreset.model) if config.replay.policy == "coreset" else None
+        model = config.decontamination.embedding_model
+        clean = Decontaminator(heldout, config.decontamination, sentence_embedder(model) if model else None)
+        seed = config.seed if config.suite.seed is None else config.suite.seed
+        streams = {name: TaskStream(skill.env, skill.config, seed, keep=clean.kept) for name, skill in skills.items()}
+        mixture = Mixture(streams, config.suite.skills, config.replay, config.suite.temperature)
         learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps, teachers.heads())
         learner.stretches = [stage.steps for stage in config.stages] or learner.stretches
         classify = policy.classify(segments=any(x.masks.suffix != "off" for x in config.objective.every_stage()))
         run = cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, classify)
-        run.embed = embed
+        run.overlaps = clean.found
+        run.embed = load_embedder(config.replay.coreset.model) if config.replay.policy == "coreset" else None
         return run
 
     @property
@@ -199,6 +215,7 @@ class Run:
             )
             self.directory = RunDirectory.create(self.root, dump_toml(config), provenance)
             self.tracker = open_tracker(self.directory, tensorboard=config.tracking.tensorboard)
+        self._list_overlaps()
         runtime.barrier()
 
     async def evaluate(self, stage: str, skills: Collection[str] | None = None) -> EvalResult:
@@ -246,6 +263,12 @@ class Run:
             keep=self.config.train.keep_checkpoints,
             kept_step=self.kept_step,
         )
+        self._list_overlaps()
+
+    def _list_overlaps(self) -> None:
+        if self.directory is not None and self.overlaps:
+            lines = "".join(item.model_dump_json() + "\n" for item in self.overlaps.values())
+            write_atomic(self.root / "overlaps.jsonl", lines)
 
     def roll_back(self, step: int) -> MixtureState:
         """Take back the weights and the optimiser of a checkpoint; steps, prompts and schedule go on from here.

@@ -1,6 +1,7 @@
 """Documentation is true: links, commands, config keys with their defaults, embedded files and names of tests."""
 
 import ast
+import asyncio
 import re
 import types
 import typing
@@ -15,6 +16,7 @@ import typer.main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from agentopd.certify import skill_of, validate
 from agentopd.cli import app
 from agentopd.compare import make_plan
 from agentopd.config import PRESETS, RunConfig, load_run_config, load_suite
@@ -258,6 +260,23 @@ def test_the_table_of_presets_is_the_table_in_code():
 @pytest.mark.parametrize("name", ["README.md", "docs/environments.md"])
 def test_the_example_is_embedded_verbatim(name):
     assert (ROOT / "examples/my_env.py").read_text() in fences(ROOT / name, "python")
+
+
+def test_the_single_turn_example_is_embedded_verbatim():
+    page = ROOT / "docs/environments.md"
+    assert (ROOT / "examples/my_question.py").read_text() in fences(page, "python")
+
+
+def test_the_snippets_on_environments_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for body in fences(ROOT / "docs/environments.md", "python"):
+        if '"""' in body[:3] or "loaders =" in body:
+            continue  # Embedded files are tested where they stand; a fragment names what is not there.
+        names = {"__name__": "docs_environments"}
+        exec(body, names)
+        for env in [item for item in names.values() if getattr(item, "name", "") == "vending"]:
+            certificate = asyncio.run(validate(skill_of("vending")))
+            assert env.name == "vending" and certificate.passed, certificate.findings
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import pytest
 
-from agentopd.config.run import ReplayConfig, SkillConfig
+from agentopd.config.run import ReplayConfig, SkillConfig, SuiteConfig
 from agentopd.errors import ConfigError
 from agentopd.mixture import CoresetStream, Mixture, ReplayScores, TaskStream, budgeted_shares, replay_weights
 from agentopd.types import Task
@@ -144,3 +144,46 @@ def test_a_large_source_is_streamed_in_order():
 def test_an_empty_source_is_named():
     with pytest.raises(ConfigError, match="skill 'none'"):
         TaskStream(source("none", 0), skill("none"), seed=0)
+
+
+# --- suites ----------------------------------------------------------------------------------------------------------
+
+
+def test_temperature_shares_by_number_of_tasks():
+    skills = [skill("small"), skill("large")]
+    sizes = {"small": 10, "large": 90}
+    streams = {item.name: TaskStream(source(item.name, sizes[item.name]), item, seed=0) for item in skills}
+    assert Mixture(streams, skills, ReplayConfig(share=0.0), temperature=1.0).shares()["large"] == pytest.approx(0.9)
+    assert Mixture(streams, skills, ReplayConfig(share=0.0), temperature=2.0).shares()["large"] == pytest.approx(0.75)
+    endless = {item.name: TaskStream(source(item.name, None), item, seed=0) for item in skills}
+    with pytest.raises(ConfigError, match="num_train_tasks"):
+        Mixture(endless, skills, ReplayConfig(share=0.0), temperature=1.0)
+    capped = skill("small", num_train_tasks=5000)
+    assert TaskStream(source("small", None), capped, seed=0).size == 5000
+
+
+def test_temperature_and_weights_exclude_each_other():
+    with pytest.raises(ValueError, match="either temperature or weights"):
+        SuiteConfig(temperature=2.0, skills=(skill("a", weight=2.0), skill("b")))
+
+
+def graded(size: int | None):
+    env = source("graded", size)
+    env.difficulty = classmethod(lambda cls, task: (int(task.id.split("-")[1]) * 37) % 64)
+    return env
+
+
+@pytest.mark.parametrize("size", [64, None])
+def test_a_curriculum_begins_with_the_easiest_and_ends_with_all(size):
+    env = graded(size)
+    stream = TaskStream(env, skill("graded", curriculum={"start": 0.25, "tasks": 300}), seed=0)
+    levels = [env.difficulty(task) for task in stream.take(700)]
+    assert max(levels[:16]) < 16 <= max(levels[16:120])
+    assert sorted(levels[-64:])[-1] == 63
+    stream.seek(100)
+    assert [env.difficulty(task) for task in stream.take(50)] == levels[100:150], "seekable"
+
+
+def test_a_curriculum_needs_a_difficulty():
+    with pytest.raises(ConfigError, match="no `difficulty`"):
+        TaskStream(source("plain", None), skill("plain", curriculum={}), seed=0).take(1)

@@ -4,67 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from agentopd.config.base import OFF, Section
+from agentopd.config.base import Section
+from agentopd.config.decontamination import DecontaminationConfig
 from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
-from agentopd.config.retention import GuardConfig, ReplayConfig, RetentionConfig, StageConfig
+from agentopd.config.retention import GuardConfig, ReplayConfig, StageConfig
+from agentopd.config.suite import SkillConfig, SuiteConfig
 from agentopd.config.teachers import AnyTeacherConfig, ChatTeacherConfig, Dtype, JudgeConfig
-from agentopd.types import Limits
 
-__all__ = ["GuardConfig", "ReplayConfig", "RetentionConfig", "RunConfig", "SkillConfig", "StageConfig", "SuiteConfig"]
-
-SkillRole = Literal["new", "old"]
-
-
-class SkillConfig(Section):
-    """One entry of a suite: an environment, where its tasks come from, and the part it plays."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    """Keys every metric: ``<name>/success``."""
-    env: str
-    """A registered environment or ``file.py:Class``."""
-    source: str = "micro"
-    """Which of the environment's task sources to draw from."""
-    role: SkillRole = "new"
-    """``new`` skills are trained; ``old`` ones are replayed and must be kept."""
-    weight: float = Field(1.0, gt=0)
-    teacher: str | None = None
-    """A key of ``[teachers]``. Default: ``default`` for new skills, the frozen starting student for old ones."""
-    verifier: str | None = None
-    """Overrides the environment's own verifier."""
-    num_train_tasks: int | None = Field(None, ge=1)
-    """Cap on distinct training tasks; None takes what the source has (a procedural source has no end)."""
-    limits: Limits | None = None
-    """Overrides the tasks' own limits."""
-
-    @field_validator("limits", mode="before")
-    @classmethod
-    def _limits_left_open(cls, data: Any) -> Any:
-        """``Limits`` is a record, not a section: a limit spelled "none" is one that is left out."""
-        return {key: value for key, value in data.items() if value != OFF} if isinstance(data, dict) else data
-
-
-class SuiteConfig(Section):
-    """The skills of a run or an evaluation."""
-
-    name: str = "suite"
-    skills: tuple[SkillConfig, ...] = ()
-    retention: RetentionConfig | None = None
-    """How much may be lost; declared, `agentopd retention` fails where it is broken."""
-
-    @model_validator(mode="after")
-    def _sane(self) -> SuiteConfig:
-        names = [skill.name for skill in self.skills]
-        if not names:
-            raise ValueError("the suite is empty: add at least one [[skills]] entry")
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two skills are named {name!r}; metrics are keyed by name, so rename one")
-        for name in self.retention.tasks if self.retention else ():
-            if name not in names:
-                raise ValueError(f"retention.tasks names skill {name!r}; the suite has: {', '.join(names)}")
-        return self
+__all__ = ["GuardConfig", "ReplayConfig", "RunConfig", "SkillConfig", "StageConfig", "SuiteConfig"]
 
 
 class ModelConfig(Section):
@@ -203,6 +152,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     sandbox: SandboxConfig = SandboxConfig()
     tracking: TrackingConfig = TrackingConfig()
+    decontamination: DecontaminationConfig = DecontaminationConfig()
 
     @model_validator(mode="before")
     @classmethod

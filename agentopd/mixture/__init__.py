@@ -1,6 +1,7 @@
 """What goes into each batch: new skills by weight, old skills replayed on-policy; and what is done to keep them."""
 
 from agentopd.mixture.coreset import choose_tasks, load_embedder
+from agentopd.mixture.decontamination import Decontaminator, Overlap, sentence_embedder
 from agentopd.mixture.guard import Action, GuardState, guard_actions
 from agentopd.mixture.replay import ReplayScores, budgeted_shares, replay_weights
 from agentopd.mixture.suite import CoresetStream, Drawn, Mixture, MixtureState, TaskStream
@@ -8,10 +9,12 @@ from agentopd.mixture.suite import CoresetStream, Drawn, Mixture, MixtureState, 
 __all__ = [
     "Action",
     "CoresetStream",
+    "Decontaminator",
     "Drawn",
     "GuardState",
     "Mixture",
     "MixtureState",
+    "Overlap",
     "ReplayScores",
     "TaskStream",
     "budgeted_shares",
@@ -19,4 +22,5 @@ __all__ = [
     "guard_actions",
     "load_embedder",
     "replay_weights",
+    "sentence_embedder",
 ]

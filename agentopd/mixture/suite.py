@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 
@@ -14,18 +15,38 @@ from agentopd.errors import ConfigError
 from agentopd.mixture.replay import ReplayScores, budgeted_shares, replay_weights
 from agentopd.types import Split, Task
 
+_BLOCK = 64
+"""Tasks among which a curriculum chooses the easiest."""
 _FINITE_BELOW = 1024
 """Sources with fewer tasks are shuffled anew every epoch; larger ones are streamed in their own order."""
+
+
+Keep = Callable[[str, Iterator[Task]], Iterator[Task]]
+"""(skill, tasks) → the tasks that may be trained on."""
+
+
+def keep_all(skill: str, tasks: Iterator[Task]) -> Iterator[Task]:
+    """Every task."""
+    return tasks
+
+
+def competence(progress: float, start: float) -> float:
+    """Share of the tasks on offer: ``sqrt(progress (1 - start^2) + start^2)`` (Platanios et al. 2019, eq. 7)."""
+    return min(1.0, math.sqrt(progress * (1 - start**2) + start**2))
 
 
 class TaskStream:
     """An endless, seekable stream of one skill's tasks; equal seeds give equal streams."""
 
-    def __init__(self, env: type[Environment], skill: SkillConfig, seed: int, split: Split = "train") -> None:
-        self._env, self._skill, self._seed, self._split = env, skill, seed, split
+    def __init__(
+        self, env: type[Environment], skill: SkillConfig, seed: int, split: Split = "train", keep: Keep = keep_all
+    ) -> None:
+        self._env, self._skill, self._seed, self._split, self._keep = env, skill, seed, split, keep
         head = list(islice(self._source(), _FINITE_BELOW))
         if not head:
-            raise ConfigError(f"skill {skill.name!r}: source {skill.source!r} of {skill.env!r} has no {split} tasks")
+            dropped = next(iter(self._loaded()), None) is not None
+            why = "only tasks that it is evaluated on; see decontamination.action" if dropped else f"no {split} tasks"
+            raise ConfigError(f"skill {skill.name!r}: source {skill.source!r} of {skill.env!r} has {why}")
         self._finite = head if len(head) < _FINITE_BELOW else None
         self.position = 0
         self._tail: Iterator[Task] = iter(())
@@ -39,10 +60,18 @@ class TaskStream:
 
     def seek(self, position: int) -> None:
         """Continue as if ``position`` tasks had been taken."""
-        self._tail = islice(self._endless(), position, None)
+        self._tail = islice(self._staged(self._endless()), position, None)
         self.position = position
 
+    @property
+    def size(self) -> int | None:
+        """Number of distinct tasks; None where there is no end to them."""
+        return len(self._finite) if self._finite is not None else self._skill.num_train_tasks
+
     def _source(self) -> Iterator[Task]:
+        return self._keep(self._skill.name, self._loaded())
+
+    def _loaded(self) -> Iterator[Task]:
         limits = self._skill.limits
         tasks = self._env.load_tasks(self._split, self._skill.source, self._skill.num_train_tasks, self._seed)
         return (task.model_copy(update={"limits": limits}) if limits else task for task in tasks)
@@ -51,6 +80,23 @@ class TaskStream:
         if self._finite is None:
             return chain.from_iterable(self._source() for _ in iter(int, 1))
         return chain.from_iterable(self._shuffled(epoch) for epoch in count())
+
+    def _staged(self, tasks: Iterator[Task]) -> Iterator[Task]:
+        """The easiest tasks of every block, more of them as more were drawn; all of them without a curriculum."""
+        curriculum, drawn = self._skill.curriculum, 0
+        while curriculum is not None and drawn < curriculum.tasks:
+            block = list(islice(tasks, _BLOCK))
+            share = competence(drawn / curriculum.tasks, curriculum.start)
+            by_difficulty = sorted(range(len(block)), key=lambda index: self._difficulty(block[index]))
+            offered = set(by_difficulty[: math.ceil(share * len(block))])
+            yield from (task for index, task in enumerate(block) if index in offered)
+            drawn += len(offered)
+        yield from tasks
+
+    def _difficulty(self, task: Task) -> float:
+        if not hasattr(self._env, "difficulty"):
+            raise ConfigError(f"skill {self._skill.name!r}: {self._skill.env!r} has no `difficulty` for a curriculum")
+        return float(self._env.difficulty(task))
 
     def _shuffled(self, epoch: int) -> list[Task]:
         tasks = list(self._finite or ())
@@ -111,9 +157,17 @@ class Mixture:
     of its target. ``assign`` says which skills are new and old from here on.
     """
 
-    def __init__(self, streams: Mapping[str, TaskStream], skills: Sequence[SkillConfig], replay: ReplayConfig) -> None:
+    def __init__(
+        self,
+        streams: Mapping[str, TaskStream],
+        skills: Sequence[SkillConfig],
+        replay: ReplayConfig,
+        temperature: float | None = None,
+    ) -> None:
         self._streams = dict(streams)
-        self._weights = {skill.name: skill.weight for skill in skills}
+        self._weights = {
+            skill.name: self._weight(skill, temperature if skill.role == "new" else None) for skill in skills
+        }
         self._new = [skill.name for skill in skills if skill.role == "new"]
         self._old = [skill.name for skill in skills if skill.role == "old"]
         self._replay = replay
@@ -142,6 +196,17 @@ class Mixture:
             self.budgets |= budgeted_shares(self._old_shares(), self._replay, self.scores, tolerated_drop)
             return self._old_shares()
         return {}
+
+    def _weight(self, skill: SkillConfig, temperature: float | None) -> float:
+        if temperature is None:
+            return skill.weight
+        size = self._streams[skill.name].size
+        if size is None:
+            raise ConfigError(
+                f"suite.temperature needs to know how many tasks skill {skill.name!r} has, and they have no end: set "
+                "its num_train_tasks, or use weights"
+            )
+        return float(size ** (1 / temperature))
 
     def draw(self, num: int) -> list[Drawn]:
         """The next batch of ``num`` prompts, grouped by skill."""

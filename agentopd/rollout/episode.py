@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -44,6 +44,10 @@ class RolloutOptions:
     """Malformed tool calls, over the whole episode, that end it."""
     sandbox: Sandbox | None = None
     """Handed to environments that run programs."""
+    max_live: Mapping[str, int] = field(default_factory=dict)
+    """Episodes under way at once, by skill; skills that are not named have no bound."""
+    own_batches: frozenset[str] = frozenset()
+    """Skills whose episodes are decoded apart from the others'."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TypeVar
 
 from agentopd.contracts import Engine, Generation, GenerationRequest, SamplingParams
@@ -44,19 +45,73 @@ async def stream_episodes(
     Returns what ``on_finished`` returned, in the order of ``specs``. An exception there or in the engine cancels the
     rest and is raised; every environment is closed first.
     """
-    source: _Lockstep | _Direct = _Lockstep(engine, len(specs)) if engine.lockstep else _Direct(engine)
+    queue = Admission([spec.skill for spec in specs], options.max_live)
+    lanes = _lanes(specs, engine, options, queue)
 
     async def one(index: int, spec: EpisodeSpec) -> T:
+        source = lanes[_lane(spec, options)]
+        await queue.admitted(index)
         try:
             episode = await EpisodeRun(spec, _Student(index, spec, source, renderer, options), options).play()
         finally:
+            if (successor := queue.leave(index)) is not None:
+                source.join(successor)
             source.leave(index)
         return await on_finished(spec, episode)
 
     try:
         return await _all_or_nothing([one(index, spec) for index, spec in enumerate(specs)])
     finally:
-        await source.drain()
+        for source in lanes.values():
+            await source.drain()
+
+
+class Admission:
+    """Who may play: ``max_live`` episodes of a skill at once, in order, each leaver admitting the next."""
+
+    def __init__(self, skills: Sequence[str], max_live: Mapping[str, int]) -> None:
+        self._skills = skills
+        self._waiting: dict[str, deque[int]] = defaultdict(deque)
+        self._gates = [asyncio.Event() for _ in skills]
+        self.live: set[int] = set()
+        counts: Counter[str] = Counter()
+        for index, skill in enumerate(skills):
+            counts[skill] += 1
+            if counts[skill] <= max_live.get(skill, len(skills)):
+                self._admit(index)
+            else:
+                self._waiting[skill].append(index)
+
+    async def admitted(self, index: int) -> None:
+        """Wait for one's turn."""
+        await self._gates[index].wait()
+
+    def leave(self, index: int) -> int | None:
+        """Make room; returns who takes it."""
+        self.live.discard(index)
+        queue = self._waiting[self._skills[index]]
+        if not queue:
+            return None
+        self._admit(successor := queue.popleft())
+        return successor
+
+    def _admit(self, index: int) -> None:
+        self.live.add(index)
+        self._gates[index].set()
+
+
+def _lane(spec: EpisodeSpec, options: RolloutOptions) -> str:
+    return spec.skill if spec.skill in options.own_batches else ""
+
+
+def _lanes(
+    specs: Sequence[EpisodeSpec], engine: Engine, options: RolloutOptions, queue: Admission
+) -> dict[str, _Lockstep | _Direct]:
+    """Where episodes get their turns: one barrier for all, and one for each skill with batches of its own."""
+    members: dict[str, set[int]] = defaultdict(set)
+    for index, spec in enumerate(specs):
+        members[_lane(spec, options)] |= {index} & queue.live
+    return {name: _Lockstep(engine, live) if engine.lockstep else _Direct(engine) for name, live in members.items()}
 
 
 class _Student:
@@ -106,6 +161,9 @@ class _Direct:
     async def generate(self, index: int, request: GenerationRequest) -> Generation:
         return (await self.engine.generate([request]))[0]
 
+    def join(self, index: int) -> None:
+        pass
+
     def leave(self, index: int) -> None:
         pass
 
@@ -119,9 +177,9 @@ class _Lockstep:
     Who asks first does not matter, so batches, and with them the sampled tokens, repeat exactly.
     """
 
-    def __init__(self, engine: Engine, members: int) -> None:
+    def __init__(self, engine: Engine, members: set[int]) -> None:
         self.engine = engine
-        self._live = set(range(members))
+        self._live = members
         self._waiting: dict[int, tuple[GenerationRequest, asyncio.Future[Generation]]] = {}
         self._call: asyncio.Task[None] | None = None
 
@@ -135,6 +193,9 @@ class _Lockstep:
         """Wait for a call that outlived its episodes: weights must not change under it."""
         if self._call is not None:
             await self._call
+
+    def join(self, index: int) -> None:
+        self._live.add(index)
 
     def leave(self, index: int) -> None:
         self._live.discard(index)

@@ -122,6 +122,11 @@ class BaseEnvironment:
         return (Message(role="assistant"),)
 
     @classmethod
+    def difficulty(cls, task: Task) -> float:
+        """How hard a task is, on any scale, for curricula: by default the length of its gold trajectory."""
+        return float(sum(len(turn.model_dump_json()) for turn in cls.gold_turns(task)))
+
+    @classmethod
     def wrong_turns(cls, task: Task) -> Iterable[Sequence[Message | str]]:
         """Plausible wrong solutions, written as ``gold`` is; validation holds each to a score below 1."""
         return ()
