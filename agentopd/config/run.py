@@ -108,8 +108,8 @@ class SandboxConfig(Section):
     """Concurrent cases; None is the number of CPU cores."""
     wall_s: float = Field(5.0, gt=0)
     memory_mb: int = Field(512, ge=64)
-    hosts: tuple[str, ...] = ()
-    """Docker engines that share the work; none is ``DOCKER_HOST``, or the local one."""
+    hosts: tuple[str, ...] | None = None
+    """Docker engines that share the work; None is ``DOCKER_HOST``, or the local one."""
     runtime: str | None = None
     """An OCI runtime of the Docker engine, such as ``runsc``."""
 

@@ -21,6 +21,8 @@ from agentopd.testing.catalogue import CATALOGUE, Row
 LIMITS = SandboxLimits(wall_s=8.0, cpu_s=8.0, memory_mb=128, processes=16, file_mb=2)
 BRIEF = SandboxLimits(wall_s=0.4, cpu_s=1.0, memory_mb=128, processes=16, file_mb=2)
 SETTLE_S = 10.0
+_ENGINE_MOUNTS = ("overlay", "nsfs")
+"""Kinds that a container engine, ours or another's, may mount at any time."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ async def check_sandbox(
 
 
 async def _one(sandbox: Sandbox, row: Row, bait: _Bait) -> Finding:
-    expected = "1" if row.honest else f"0 ({', '.join(sorted({_verdict(status) for status in row.statuses}))})"
+    expected = expectation(row)
     number, canary = random.SystemRandom().randrange(10**6, 10**9), f"x{secrets.token_hex(8)}"
     program = Program(f"HOST = {bait.facts!r}\n{row.source}", row.files)
     cases = [
@@ -88,6 +90,11 @@ def _judge(row: Row, expected: str, results: list[CaseResult], number: int, afte
     ok = outcome == float(row.honest) and fits and after.value == 42
     detail = "" if ok else f"{hidden.status}: {hidden.detail or hidden.value!r}; next: {after.status}"
     return Finding(row.id, row.title, expected, outcome, status, ok, detail)
+
+
+def expectation(row: Row) -> str:
+    """The outcome a row asks for, and the statuses that a verdict on it may have."""
+    return "1" if row.honest else f"0 ({', '.join(sorted({_verdict(status) for status in row.statuses}))})"
 
 
 def _verdict(status: CaseStatus) -> str:
@@ -153,7 +160,8 @@ class _Host:
     """Mounts, temporary files, host name and running programs of sandboxes, to be compared later."""
 
     def __init__(self) -> None:
-        self.mounts = sorted(line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines())
+        mounts = (line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
+        self.mounts = sorted(path for path, kind in mounts if kind not in _ENGINE_MOUNTS and "/containers/" not in path)
         self.temporary = {name for name in os.listdir(tempfile.gettempdir()) if "agentopd" in name}
         self.name = socket.gethostname()
 

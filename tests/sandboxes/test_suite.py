@@ -1,11 +1,13 @@
 """The shipped suite, run against the jail; Docker has its own file."""
 
 import asyncio
+import re
+from pathlib import Path
 
 import pytest
 
 from agentopd.testing import CATALOGUE, HONEST, HOSTILE, Row, check_sandbox
-from agentopd.testing.suite import Finding
+from agentopd.testing.suite import Finding, expectation
 from agentopd_sandboxes import JailSandbox
 
 pytestmark = pytest.mark.usefixtures("jail_works")
@@ -37,3 +39,12 @@ def test_a_sample_of_the_suite_passes_on_the_jail() -> None:
 @pytest.mark.slow
 def test_the_whole_suite_passes_on_the_jail() -> None:
     assert [finding for finding in check(CATALOGUE) if not finding.ok] == []
+
+
+def test_the_security_page_prints_the_catalogue() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/security.md").read_text()
+    matrix = page.partition("<!-- matrix:start -->")[2].partition("<!-- matrix:end -->")[0]
+    printed = [tuple(cell.strip() for cell in line.strip("|").split("|"))[:3] for line in matrix.splitlines()]
+    assert [row for row in printed if row and re.match(r"[A-Z]\d", row[0])] == [
+        (row.id, row.title, expectation(row)) for row in CATALOGUE
+    ]
