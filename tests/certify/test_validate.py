@@ -160,6 +160,16 @@ def test_shipped_certificates_are_current(env):
     assert is_certified(skill_of(env, "micro"))
 
 
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("env", "source"),
+    [("math", "gsm8k"), ("code_repair", "quixbugs"), ("code_repair", "humanevalfix"), ("tool_use", "bfcl")],
+)
+def test_shipped_certificates_of_benchmarks_are_current(env, source, data_dir):
+    """If this fails, run ``make certificates`` with AGENTOPD_DATA set."""
+    assert is_certified(skill_of(env, source))
+
+
 def test_the_key_follows_tasks_verifier_limits_and_source_code(tmp_path):
     file = tmp_path / "env.py"
     file.write_text((ROOT / "examples/my_question.py").read_text())

@@ -253,6 +253,41 @@ def test_an_override_without_the_mark_is_no_tool():
     assert "crash" not in [schema.name for schema in Quiet.tool_schemas(bench_task())]
 
 
+class Timed(Bench):
+    """Tools that are bounded."""
+
+    @tool(budget=2)
+    def look(self) -> str:
+        """Look."""
+        return "seen"
+
+    @tool(timeout_s=0.01)
+    async def linger(self) -> str:
+        """Never comes back."""
+        await asyncio.sleep(60)
+        return "late"
+
+
+def test_a_budget_and_a_timeout_are_told_to_the_student():
+    _, result = step(*[call("look")] * 3, call("linger"), call("nothing"), env=Timed())
+    assert [message.content for message in result.messages] == [
+        "seen",
+        "seen",
+        "error: no calls of 'look' are left; there were 2",
+        "error: 'linger' took longer than 0.01 s and was stopped",
+        "ok",
+    ]
+    assert {name: options.budget for name, options in Timed.tool_options().items() if options.budget} == {"look": 2}
+    assert Timed.mutating_tools() == {"put"}
+
+
+def test_only_an_async_tool_can_have_a_timeout():
+    with pytest.raises(TypeError, match="only an async method"):
+        tool(timeout_s=1.0)(lambda self: None)
+    with pytest.raises(TypeError, match="above 0"):
+        tool(budget=0)(lambda self: None)
+
+
 # --- judging ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,56 @@
+"""What a run needs, one line each, before anything is trained."""
+
+from pathlib import Path
+
+import pytest
+
+from agentopd import commands
+from agentopd.config import load_run_config
+from agentopd.doctor import check_template, diagnose
+from agentopd.errors import ConfigError
+from agentopd.rendering import HermesJSON, OpenAI, Pythonic, Qwen3XML
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = ROOT / "configs/quickstart.toml"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("AGENTOPD_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_quickstart_is_healthy(capsys):
+    found = diagnose(load_run_config(QUICKSTART))
+    assert {item.check for item in found} == {"chat template", "tool calls", "vocabulary", "certificate"}
+    assert [item for item in found if item.level != "ok"] == []
+    commands.doctor(QUICKSTART, [], plain=True)
+    assert len(capsys.readouterr().out.strip().splitlines()) == len(found)
+
+
+@pytest.mark.parametrize("codec", [HermesJSON(), Qwen3XML(), Pythonic(), OpenAI()], ids=lambda codec: codec.name)
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "mistral"])
+def test_families_of_templates(family, codec, chat_tokenizer):
+    found = check_template(chat_tokenizer(family), codec)
+    assert [item.level for item in found] == ["warn" if family == "mistral" else "ok", "ok"]
+    assert ("no user turns" in found[0].detail) == (family == "mistral")
+
+
+def test_a_template_that_rewrites_history_is_named(chat_tokenizer):
+    tokenizer = chat_tokenizer("qwen3")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}"
+    with pytest.raises(ConfigError, match="lacks the prefix property"):
+        check_template(tokenizer, HermesJSON())
+
+
+def test_what_cannot_succeed_exits_with_2(tmp_path, capsys):
+    config = tmp_path / "mine.toml"
+    config.write_text(
+        f'[objective]\npreset = "grpo"\n[[suite.skills]]\nname = "mine"\n'
+        f'env = "{ROOT}/examples/my_question.py:Backwards"\n'
+    )
+    with pytest.raises(SystemExit) as stopped:
+        commands.doctor(config, ["model.student=./nowhere"], plain=True)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].startswith("fail  chat template: ") and "no model at './nowhere'" in lines[0]
+    assert any(line.startswith("fail  certificate: mine: not certified; run: agentopd envs validate") for line in lines)
