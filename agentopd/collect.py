@@ -23,9 +23,14 @@ from agentopd.types import Episode
 Collect = Callable[[Run, Sequence[Drawn]], Awaitable[list[Judged]]]
 
 
-async def collect(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
-    """The step's episodes, judged, from the source that is in force."""
-    return await _SOURCES[run.blocks.source.kind](run, drawn)
+async def collect(run: Run, drawn: Sequence[Drawn]) -> tuple[list[Judged], list[Judged]]:
+    """The step's episodes, judged, from the source that is in force: the student's own, and anybody else's."""
+    source = run.blocks.source
+    if not isinstance(source, MixedSource):
+        found = await _SOURCES[source.kind](run, drawn)
+        return (found, []) if source.kind in ("student", "offline") else ([], found)
+    mine, others = student_answers(drawn, source.student_share, run.step)
+    return await _student(run, mine), await _SOURCES[source.other](run, others)
 
 
 async def collect_beside(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
@@ -86,14 +91,6 @@ async def _teacher_source(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
     return _kept(await _teacher(run, drawn), isinstance(source, TeacherSource) and source.filter_correct)
 
 
-async def _mixed(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
-    source = run.blocks.source
-    assert isinstance(source, MixedSource)
-    mine, others = student_answers(drawn, source.student_share, run.step)
-    other = _teacher if source.other == "teacher" else _gold
-    return [*await _student(run, mine), *await other(run, others)]
-
-
 async def _stored(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
     """The starting student's rollouts, from disk."""
     assert run.teachers.stored_rollouts is not None
@@ -128,7 +125,6 @@ _SOURCES: dict[str, Collect] = {
     "student": _student,
     "gold": _gold,
     "teacher": _teacher_source,
-    "mixed": _mixed,
     "offline": _stored,
 }
 

@@ -70,7 +70,8 @@ async def train_step(run: Run) -> str:
     shares, tasks = run.mixture.shares(), {item.task.hash: item.task for item in drawn}
     with clock.phase("rollout"):
         mine = drawn[runtime.rank() :: runtime.world_size()]
-        judged, beside = await collect(run, mine), await collect_beside(run, mine)
+        (own, others), beside = await collect(run, mine), await collect_beside(run, mine)
+        judged = [*own, *others]
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)
         scored, anchors = await score(run, rewarded, tasks), await score(run, beside, tasks, anchor=True)
@@ -78,10 +79,11 @@ async def train_step(run: Run) -> str:
         both = [*scored, *anchors]
         batch = build_batch(both, run.blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
         learned = run.learner.step(batch)
+    measured = others if run.blocks.source.kind in ("gold", "teacher") else own
     replayed = {f"replay/share/{name}": shares[name] for name in sorted(run.old_skills)}
     run.step += 1
     run.policy.engine.sync_weights(run.step)
-    metrics = {**step_metrics(judged), **cost_metrics(scored), **replayed, **learned, **clock.metrics()}
+    metrics = {**step_metrics(measured), **cost_metrics(scored), **replayed, **learned, **clock.metrics()}
     run.log(metrics)
     shown = [replace(item, verdict=verdict) for item, (_, verdict) in zip(scored, judged, strict=True)]
     keep_episodes(run, shown, {item.task.id: item.task for item in drawn})
