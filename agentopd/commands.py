@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from agentopd.config import PRESETS, SUMMARIES, load_run_config, load_suite
 from agentopd.console import before_after_table, eval_table, make_console, progress, retention_table
@@ -221,7 +221,7 @@ def presets_list(plain: bool) -> None:
     """``agentopd presets list``."""
     from agentopd.config.load import resolve_objective
 
-    table = Table("preset", "what it is", "needs", header_style="bold", pad_edge=False)
+    table = Table(Column("preset", no_wrap=True), "what it is", "needs", header_style="bold", pad_edge=False)
     for name in PRESETS:
         table.add_row(name, SUMMARIES[name], ", ".join(resolve_objective(name).inputs()))
     make_console(plain).print(table)
