@@ -177,7 +177,7 @@ class Blocks(Section):
     @property
     def needs_batch_statistics(self) -> bool:
         """Whether the loss of one token depends on a mean over the whole batch (a second look at the batch)."""
-        return self.stabiliser.phi != "off"
+        return self.stabiliser.phi != "off" and self.stabiliser.phi_target != "anchor"
 
     @property
     def uses_certificates(self) -> bool:

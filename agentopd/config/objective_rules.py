@@ -105,8 +105,9 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
         yield "stabiliser.phi_scale and phi_target belong to phi, which is 'off': leave them out"
     if stabiliser.phi != "off" and stabiliser.phi_target != "anchor" and not isinstance(blocks.divergence, SampledPG):
         yield "stabiliser.phi weighs the sampled advantage: set divergence 'sampled_pg', or phi_target 'anchor'"
-    if stabiliser.phi != "off" and stabiliser.phi_target != "pg" and blocks.anchor.kind == "none":
-        yield f"stabiliser.phi_target is {stabiliser.phi_target!r}, and there is no anchor"
+    on_likelihood = blocks.anchor.kind in ("gold_nll", "teacher_nll")
+    if stabiliser.phi != "off" and stabiliser.phi_target != "pg" and not on_likelihood:
+        yield f"stabiliser.phi_target is {stabiliser.phi_target!r}: it weighs a likelihood, and anchor is another kind"
     if stabiliser.cap is None and stabiliser.cap_shape != "hard":
         yield "stabiliser.cap_shape bends towards the cap, and cap is off: set it, or leave cap_shape out"
     if masks.suffix == "off" and _moved(masks, "suffix_top_k", "suffix_min_keep"):
