@@ -8,13 +8,14 @@ namespaces, prepared ahead of demand, in which each case is a process of its own
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import ClassVar
 
 from agentopd.contracts import Case, CaseResult, Program, SandboxLimits
-from agentopd.errors import SandboxError
+from agentopd.errors import SandboxError, UserError
 from agentopd_sandboxes.pool import CellDied, Worker, run_program
 from agentopd_sandboxes.pool import probe as probe_worker
 from agentopd_sandboxes.protocol import checked, checked_workers
@@ -29,15 +30,19 @@ class JailSandbox:
     """Runs each case in a process of its own, inside Linux namespaces that no other program shares.
 
     ``workers`` programs run at once (default: one per CPU core), and a program with many cases uses all that are free;
-    workers start when first needed. One instance may be shared by all coroutines of a loop, and used again from another
-    loop once the first has ended.
+    workers start when first needed. ``libraries`` names pure-Python packages of this interpreter that programs may
+    import, read-only; beyond them there is the standard library. One instance may be shared by all coroutines of a
+    loop, and used again from another loop once the first has ended.
     """
 
     name: ClassVar[str] = "jail"
 
-    def __init__(self, workers: int | None = None, limits: SandboxLimits = _DEFAULT_LIMITS) -> None:
+    def __init__(
+        self, workers: int | None = None, limits: SandboxLimits = _DEFAULT_LIMITS, libraries: Sequence[str] = ()
+    ) -> None:
         self.workers = checked_workers(workers)
         self.limits = checked(limits)
+        self._libraries = {name: _location(name) for name in libraries}
         self._idle: list[_Worker] = []
         self._all: set[_Worker] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -95,7 +100,7 @@ class JailSandbox:
                     self._put_back(worker)
 
     async def _spawn(self) -> _Worker:
-        worker = _Worker(Zygote(), self.limits.file_mb)
+        worker = _Worker(Zygote(self._libraries), self.limits.file_mb)
         self._all.add(worker)
         try:
             await worker.zygote.ready()
@@ -173,6 +178,14 @@ class _Worker:
                 cell.close()
         self.used = self.next = None
         self.zygote.close()
+
+
+def _location(name: str) -> str:
+    """The directory or file of an importable top-level package or module."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not (spec.submodule_search_locations or spec.origin):
+        raise UserError(f"a sandbox cannot offer the library {name!r}: it is not installed here")
+    return next(iter(spec.submodule_search_locations or ()), None) or str(spec.origin)
 
 
 def probe() -> frozenset[str]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 
 from agentopd_sandboxes import linux
 
 NOBODY = 65534
 """The uid and gid inside the sandbox; outside too when the judge runs as root."""
 BOX = "/box"
+PACKAGES = "/packages"
 CASE_DIR = "/box/case"
 WORK, TMP = "/work", "/tmp"
 INODES = 4096
@@ -115,9 +117,13 @@ def become_nobody(two_uids: bool) -> None:
 # --- the root --------------------------------------------------------------------------------------------------------
 
 
-def build_root() -> None:
-    """Replace the caller's root by a private read-only one."""
+def build_root(libraries: Mapping[str, str]) -> None:
+    """Replace the caller's root by a private read-only one.
+
+    ``libraries``: where on the host the importable packages and modules are that ``/packages`` shall hold.
+    """
     sources = [(path, os.path.realpath(path)) for path in _library_directories()]
+    extras = [(f"{PACKAGES}/{os.path.basename(path)}", os.path.realpath(path)) for path in libraries.values()]
     linux.mount("", "/", "", linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=1m,nr_inodes=512,mode=755")
     os.mkdir("/tmp" + _OLD)
@@ -125,6 +131,11 @@ def build_root() -> None:
     os.chdir("/")
     for path, real in sources:
         _bind_directory(real, path)
+    for path, real in extras:
+        if os.path.isdir(_OLD + real):
+            _bind_directory(real, path)
+        else:
+            _bind_file(real, path)
     os.mkdir("/dev", 0o755)
     for name in _DEVICES:
         _bind_device(f"/dev/{name}")
@@ -153,6 +164,13 @@ def _bind_directory(real: str, path: str) -> None:
         if os.path.isdir(hidden):
             linux.mount("tmpfs", hidden, "tmpfs", 0, "size=4k,nr_inodes=1,mode=755")
     linux.restrict_mount(path, linux.ATTR_RDONLY | linux.ATTR_NOSUID | linux.ATTR_NODEV, recursive=True)
+
+
+def _bind_file(real: str, path: str) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    linux.mount(_OLD + real, path, "", linux.MS_BIND)
+    linux.restrict_mount(path, linux.ATTR_RDONLY | linux.ATTR_NOSUID | linux.ATTR_NODEV)
 
 
 def _bind_device(path: str) -> None:

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +45,8 @@ def interpreter() -> str:
 class Zygote:
     """A running zygote, which makes cells; after any error it is closed and never used again."""
 
-    def __init__(self) -> None:
+    def __init__(self, libraries: Mapping[str, str] | None = None) -> None:
+        self._libraries = json.dumps(libraries or {})
         if linux.MACHINE not in linux.SUPPORTED_MACHINES:
             raise SandboxError(f"the jail sandbox runs on {', '.join(linux.SUPPORTED_MACHINES)}, not {linux.MACHINE}")
         self.cells = 0
@@ -61,7 +63,7 @@ class Zygote:
                 raise
 
     def _start_keeper(self, inner: socket.socket) -> subprocess.Popen[bytes]:
-        arguments = [str(PACKAGE), str(inner.fileno()), str(os.getpid())]
+        arguments = [str(PACKAGE), str(inner.fileno()), str(os.getpid()), self._libraries]
         return subprocess.Popen(
             [interpreter(), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _ZYGOTE, *arguments],
             stdin=subprocess.PIPE,  # never written to: its end tells the keeper that we are gone

@@ -36,7 +36,7 @@ time traceback types typing unicodedata zlib
 
 
 def main() -> NoReturn:
-    """Entry point: ``argv`` holds the package's directory, the control socket, and the judge's pid."""
+    """Entry point: ``argv``: the package's directory, the control socket, the judge's pid, the libraries."""
     control = socket.socket(fileno=int(sys.argv[2]))
     judge = int(sys.argv[3])
     try:
@@ -50,7 +50,7 @@ def main() -> NoReturn:
         control.close()
         _keep(zygote, judge)
     try:
-        tools = _prepare(proc, two_uids)
+        tools = _prepare(proc, two_uids, json.loads(sys.argv[4]))
     except OSError as exc:
         _refuse(control, exc)
     control.send(json.dumps({"capabilities": _capabilities(tools)}).encode())
@@ -85,9 +85,9 @@ def _keep(zygote: int, judge: int) -> NoReturn:
     os._exit(0)
 
 
-def _prepare(proc: int, two_uids: bool) -> cell.Tools:
+def _prepare(proc: int, two_uids: bool, libraries: dict[str, str]) -> cell.Tools:
     socket.sethostname("sandbox")
-    namespaces.build_root()
+    namespaces.build_root(libraries)
     namespaces.become_nobody(two_uids)
     linux.die_with_parent()
     linux.no_new_privileges()
@@ -95,6 +95,10 @@ def _prepare(proc: int, two_uids: bool) -> cell.Tools:
     os.dup2(null, 0)
     os.dup2(null, 1)
     tools = cell.Tools(proc, landlock.build_ruleset(namespaces.BOX), seccomp.build_filter(linux.MACHINE))
+    if libraries:
+        sys.path.append(namespaces.PACKAGES)
+        for name in libraries:
+            importlib.import_module(name)
     tidy_interpreter({"HOME": namespaces.WORK, "TMPDIR": namespaces.TMP, "LANG": "C.UTF-8"})
     gc.collect()
     gc.freeze()

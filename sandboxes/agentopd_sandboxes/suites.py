@@ -1,0 +1,119 @@
+"""Test suites written for pytest, run so that neither their files nor their runner belong to the student.
+
+The files are the pristine ones with only the declared editable ones replaced. Every test runs in a process of its own,
+under a configuration of the judge's, without conftest files or plugins. It passes only if exactly its own id went
+through set-up, call and tear-down; canaries under fresh names, which must fail, run among the tests in random order.
+Test and program share a process, so a suite is trusted less than values compared outside (trust ``medium``); an exit
+code is trusted by nobody.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from agentopd.contracts import Case, CaseResult, CaseStatus, Program, Sandbox, SandboxLimits
+from agentopd.errors import SandboxError, TaskError
+
+LIBRARIES = ("iniconfig", "packaging", "pluggy", "py", "pygments", "_pytest", "pytest")
+"""What a jail has to be given so that it can run a suite: ``JailSandbox(libraries=LIBRARIES)``."""
+CANARIES = 3
+_PASSED = [("setup", "passed"), ("call", "passed"), ("teardown", "passed")]
+_RUNNER = """
+import os, sys
+import pytest
+
+def run(node):
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    seen = []
+    class Watch:
+        def pytest_runtest_logreport(self, report):
+            seen.append((report.nodeid, report.when, report.outcome))
+    os.chdir("project")
+    sys.path.insert(0, os.getcwd())
+    options = ["-q", "-c", "/work/judge.ini", "--rootdir=.", "--noconftest", "-o", "addopts=", "-p", "no:cacheprovider"]
+    pytest.main([*options, "-p", "no:faulthandler", "--import-mode=importlib", node], plugins=[Watch()])
+    return seen
+"""
+
+
+@dataclass(frozen=True)
+class TestSuite:
+    """A repository, the tests that decide (``path::name`` as pytest spells them), and what the student may edit."""
+
+    __test__ = False
+
+    pristine: Mapping[str, str]
+    tests: Sequence[str]
+    editable: frozenset[str]
+
+
+@dataclass(frozen=True)
+class SuiteOutcome:
+    """Which tests pass, by id; ``tampered`` if a canary passed; ``foreign``: files submitted that were not editable."""
+
+    passed: Mapping[str, bool]
+    statuses: Mapping[str, CaseStatus]
+    tampered: bool
+    foreign: tuple[str, ...]
+    trust: str = "medium"
+
+
+async def run_suite(
+    sandbox: Sandbox, suite: TestSuite, submitted: Mapping[str, str], limits: SandboxLimits | None = None
+) -> SuiteOutcome:
+    """Run every test once on the pristine files with the submitted editable ones in place.
+
+    Raises ``TaskError`` for a suite that names a test outside its files, ``SandboxError`` if a test was not answered
+    exactly once.
+    """
+    _check(suite)
+    foreign = tuple(sorted(set(submitted) - suite.editable))
+    files = {**suite.pristine, **{name: text for name, text in submitted.items() if name in suite.editable}}
+    canaries = []
+    for _ in range(CANARIES):
+        node, source = _canary(suite)
+        files[node.partition("::")[0]] = source
+        canaries.append(node)
+    cases = [Case(node, "run(*args)", args=(node,)) for node in (*suite.tests, *canaries)]
+    random.SystemRandom().shuffle(cases)
+    program = Program(_RUNNER, {"judge.ini": "[pytest]\n", **{f"project/{name}": files[name] for name in files}})
+    results = await sandbox.run_cases(program, cases, limits)
+    if sorted(result.id for result in results) != sorted(case.id for case in cases):
+        raise SandboxError(f"{len(results)} results for the {len(cases)} tests of a suite")
+    found = {result.id: result for result in results}
+    return SuiteOutcome(
+        passed={node: _holds(found[node]) for node in suite.tests},
+        statuses={node: found[node].status for node in suite.tests},
+        tampered=any(_holds(found[node]) for node in canaries),
+        foreign=foreign,
+    )
+
+
+def _check(suite: TestSuite) -> None:
+    if not suite.tests or len(set(suite.tests)) != len(suite.tests):
+        raise TaskError("a test suite needs tests, each named once")
+    for node in suite.tests:
+        path = node.partition("::")[0]
+        if path not in suite.pristine or path in suite.editable:
+            raise TaskError(f"test {node!r}: its file has to be among the pristine ones, and not editable")
+
+
+def _canary(suite: TestSuite) -> tuple[str, str]:
+    """A copy, under a fresh name, of a file of tests, with one more test that cannot pass; its id and the file.
+
+    The copy imports whatever the tests import, so that code which patches the runner on import patches it here too.
+    """
+    path = random.choice(list(suite.tests)).partition("::")[0]
+    folder, slash, _ = path.rpartition("/")
+    name, value = f"test_{secrets.token_hex(6)}", secrets.randbelow(10**9)
+    failing = f"\n\ndef {name}():\n    value = {value}\n    assert value == {value + 1 + secrets.randbelow(10**9)}\n"
+    return f"{folder}{slash}test_{secrets.token_hex(6)}.py::{name}", suite.pristine[path] + failing
+
+
+def _holds(result: CaseResult) -> bool:
+    """Whether exactly this test went through, and nothing else did."""
+    expected = [(result.id, when, outcome) for when, outcome in _PASSED]
+    return result.status is CaseStatus.VALUE and result.value == expected

@@ -1,0 +1,89 @@
+"""pytest suites in the jail: pristine files, the judge's configuration, exact ids, canaries."""
+
+import asyncio
+
+import pytest
+
+from agentopd.contracts import SandboxLimits
+from agentopd.errors import TaskError, UserError
+from agentopd_sandboxes import JailSandbox
+from agentopd_sandboxes.suites import LIBRARIES, SuiteOutcome, TestSuite, run_suite
+
+pytestmark = [pytest.mark.usefixtures("jail_works"), pytest.mark.slow]
+
+TESTS = """
+import pytest
+from lib import add
+
+def test_small(): assert add(1, 2) == 3
+
+@pytest.mark.parametrize("n", [5, 7])
+def test_many(n): assert add(n, n) == 2 * n
+
+class TestKinds:
+    def test_refuses(self):
+        with pytest.raises(TypeError):
+            add(1, "x")
+"""
+NODES = ["test_lib.py::test_small", "test_lib.py::test_many[5]", "test_lib.py::test_many[7]"]
+NODES += ["test_lib.py::TestKinds::test_refuses"]
+BUGGY, GOLD = "def add(a, b): return a - b\n", "def add(a, b): return a + b\n"
+SUITE = TestSuite({"lib.py": BUGGY, "test_lib.py": TESTS}, NODES, frozenset({"lib.py"}))
+
+ATTACKS = {
+    "a conftest with a report hook": {
+        "lib.py": BUGGY,
+        "conftest.py": "def pytest_runtest_makereport(item, call): raise SystemExit(0)",
+    },
+    "weaker tests": {"lib.py": BUGGY, "test_lib.py": "def test_small(): pass"},
+    "pytest.ini": {"lib.py": BUGGY, "pytest.ini": "[pytest]\naddopts = --collect-only"},
+    "a pytest of its own": {"lib.py": BUGGY, "pytest.py": "print('2 passed')"},
+    "exit at import": {"lib.py": "import os; os._exit(0)"},
+    "skip at import": {"lib.py": "import pytest; pytest.skip('x', allow_module_level=True)"},
+    "a syntax error": {"lib.py": "def add(a, b: return"},
+    "objects equal to everything": {
+        "lib.py": "class A:\n    def __eq__(self, o): return True\n"
+        "def add(a, b):\n    if b == 'x': raise KeyError\n    return A()",
+    },
+    "patch the runner": {
+        "lib.py": "import _pytest.python\n_pytest.python.Function.runtest = lambda self: None\n" + BUGGY,
+    },
+}
+
+
+def run(*submissions: dict[str, str]) -> list[SuiteOutcome]:
+    async def scenario() -> list[SuiteOutcome]:
+        sandbox = JailSandbox(workers=2, libraries=LIBRARIES)
+        try:
+            return [await run_suite(sandbox, SUITE, files, SandboxLimits(wall_s=20)) for files in submissions]
+        finally:
+            await sandbox.aclose()
+
+    return asyncio.run(scenario())
+
+
+def test_gold_passes_and_the_starter_does_not() -> None:
+    gold, starter, nothing = run({"lib.py": GOLD}, {"lib.py": BUGGY}, {})
+    assert gold.passed == dict.fromkeys(NODES, True) and not gold.tampered and gold.trust == "medium"
+    assert list(starter.passed.values()) == [False, False, False, True] == list(nothing.passed.values())
+
+
+def test_no_attack_passes_every_test_unnoticed() -> None:
+    for name, outcome in zip(ATTACKS, run(*ATTACKS.values()), strict=True):
+        assert not all(outcome.passed.values()) or outcome.tampered, (name, outcome)
+        assert outcome.foreign == tuple(sorted(set(ATTACKS[name]) - {"lib.py"}))
+
+
+def test_suites_are_checked() -> None:
+    async def attempt(suite: TestSuite) -> None:
+        await run_suite(JailSandbox(workers=1), suite, {})
+
+    for suite in (
+        TestSuite({}, ["x.py::test"], frozenset()),
+        TestSuite({"x.py": ""}, ["x.py::test"], frozenset({"x.py"})),
+        TestSuite({"x.py": ""}, ["x.py::test", "x.py::test"], frozenset()),
+    ):
+        with pytest.raises(TaskError, match=r"test"):
+            asyncio.run(attempt(suite))
+    with pytest.raises(UserError, match="not installed here"):
+        JailSandbox(libraries=("no_such_library",))
