@@ -34,7 +34,7 @@ def refused(*arguments: str, **env: str) -> str:
 def test_help_names_every_command():
     done = agentopd("--help")
     assert done.returncode == 0
-    for command in ("train", "resume", "eval", "retention", "report", "verify", "envs", "presets", "micro"):
+    for command in ("train", "resume", "eval", "retention", "report", "verify", "envs", "presets", "micro", "doctor"):
         assert command in done.stdout
 
 

@@ -38,9 +38,9 @@ def run(config_path: Path, overrides: list[str]) -> Path:
 
 
 def test_a_run_leaves_everything_a_reader_needs(quickstart, small):
-    config = load_run_config(quickstart, small("train.steps=2"))
-    _train(Run.start(config), make_console(plain=True))
-    path = Path(config.run_dir)
+    started = Run.start(load_run_config(quickstart, small("train.steps=2")))
+    _train(started, make_console(plain=True))
+    path = Path(started.config.run_dir)
     rows = metrics(path)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["distill/coverage"] > 0.9 for row in rows)
@@ -48,7 +48,7 @@ def test_a_run_leaves_everything_a_reader_needs(quickstart, small):
     assert {file.stem for file in (path / "eval").glob("*.json")} == {"base", "teacher", "final"}
     assert (path / "model/model.safetensors").is_file() and (path / "model/tokenizer.json").is_file()
     assert (path / "report.html").stat().st_size > 20_000
-    assert load_run_config(path / "config.toml") == config
+    assert load_run_config(path / "config.toml") == started.config
     provenance = json.loads((path / "provenance.json").read_text())
     assert len(provenance["models"]["student"]) == 16
     kept = list(RunDirectory.open(path).kept_episodes())
