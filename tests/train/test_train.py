@@ -84,6 +84,41 @@ def test_a_new_environment_trains_once_it_is_certified(example, quickstart, smal
     assert metrics(path)[0]["mine/episodes"] == 12
 
 
+OVERLAPPING = """
+from agentopd.types import Limits, Message
+from agentopd_envs import SingleTurnEnvironment, register_environment
+
+def rows(split, limit, seed):
+    for number in range(8 if split == "train" else 4):
+        task = Words.new_task(f"Say {number}.", hidden={"answer": str(number)}, gold=[str(number)])
+        yield task.model_copy(update={"id": f"{split}/{number}", "split": split})
+
+@register_environment("words")
+class Words(SingleTurnEnvironment):
+    loaders = {"micro": rows}
+    limits = Limits(max_tokens=4)
+
+    @staticmethod
+    def score(task, episode):
+        return float(episode.final_text == task.hidden["answer"])
+"""
+
+
+def test_training_tasks_that_are_held_out_are_listed_and_not_trained_on(quickstart, small, tmp_path):
+    (tmp_path / "words.py").write_text(OVERLAPPING)
+    config = tmp_path / "words.toml"
+    config.write_text(
+        f'[objective]\npreset = "sft"\n[[suite.skills]]\nname = "words"\nenv = "{tmp_path}/words.py:Words"\n'
+    )
+    overrides = small("train.steps=1", "train.prompts_per_step=4", "tracking.episodes_per_step=4")
+    started = Run.start(load_run_config(config, overrides), allow_uncertified=["words"])
+    asyncio.run(train(started, make_console(plain=True)))
+    path = Path(started.config.run_dir)
+    assert [row["task_id"] for row in read_jsonl(path / "overlaps.jsonl")] == [f"train/{number}" for number in range(4)]
+    trained = {item.episode.task_id for item in RunDirectory.open(path).kept_episodes()}
+    assert trained == {f"train/{number}" for number in range(4, 8)}
+
+
 def test_a_fixed_seed_gives_the_same_run_twice(quickstart, small):
     one = run(quickstart, small("train.steps=2", name="one"))
     two = run(quickstart, small("train.steps=2", name="two"))
