@@ -34,7 +34,8 @@ def refused(*arguments: str, **env: str) -> str:
 def test_help_names_every_command():
     done = agentopd("--help")
     assert done.returncode == 0
-    for command in ("train", "resume", "eval", "retention", "compare", "report", "verify", "envs", "presets", "micro"):
+    commands = ("train", "resume", "eval", "retention", "compare", "report", "verify", "envs", "presets", "micro")
+    for command in (*commands, "doctor", "sandbox"):
         assert command in done.stdout
 
 

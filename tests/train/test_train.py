@@ -37,9 +37,9 @@ def run(config_path: Path, overrides: list[str]) -> Path:
 
 
 def test_a_run_leaves_everything_a_reader_needs(quickstart, small):
-    config = load_run_config(quickstart, small("train.steps=2"))
-    _train(Run.start(config), make_console(plain=True))
-    path = Path(config.run_dir)
+    started = Run.start(load_run_config(quickstart, small("train.steps=2")))
+    _train(started, make_console(plain=True))
+    path = Path(started.config.run_dir)
     rows = metrics(path)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["distill/coverage"] > 0.9 for row in rows)
@@ -47,7 +47,7 @@ def test_a_run_leaves_everything_a_reader_needs(quickstart, small):
     assert {file.stem for file in (path / "eval").glob("*.json")} == {"base", "teacher", "final"}
     assert (path / "model/model.safetensors").is_file() and (path / "model/tokenizer.json").is_file()
     assert (path / "report.html").stat().st_size > 20_000
-    assert load_run_config(path / "config.toml") == config
+    assert load_run_config(path / "config.toml") == started.config
     provenance = json.loads((path / "provenance.json").read_text())
     assert len(provenance["models"]["student"]) == 16
     kept = list(RunDirectory.open(path).kept_episodes())
@@ -71,6 +71,41 @@ def test_a_new_environment_trains_once_it_is_certified(example, quickstart, smal
     envs_validate(What(env, False, None, None), None, as_json=False, plain=True)
     path = run(config, small("train.steps=1"))
     assert metrics(path)[0]["mine/episodes"] == 12
+
+
+OVERLAPPING = """
+from agentopd.types import Limits, Message
+from agentopd_envs import SingleTurnEnvironment, register_environment
+
+def rows(split, limit, seed):
+    for number in range(8 if split == "train" else 4):
+        task = Words.new_task(f"Say {number}.", hidden={"answer": str(number)}, gold=[str(number)])
+        yield task.model_copy(update={"id": f"{split}/{number}", "split": split})
+
+@register_environment("words")
+class Words(SingleTurnEnvironment):
+    loaders = {"micro": rows}
+    limits = Limits(max_tokens=4)
+
+    @staticmethod
+    def score(task, episode):
+        return float(episode.final_text == task.hidden["answer"])
+"""
+
+
+def test_training_tasks_that_are_held_out_are_listed_and_not_trained_on(quickstart, small, tmp_path):
+    (tmp_path / "words.py").write_text(OVERLAPPING)
+    config = tmp_path / "words.toml"
+    config.write_text(
+        f'[objective]\npreset = "sft"\n[[suite.skills]]\nname = "words"\nenv = "{tmp_path}/words.py:Words"\n'
+    )
+    overrides = small("train.steps=1", "train.prompts_per_step=4", "tracking.episodes_per_step=4")
+    started = Run.start(load_run_config(config, overrides), allow_uncertified=["words"])
+    asyncio.run(train(started, make_console(plain=True)))
+    path = Path(started.config.run_dir)
+    assert [row["task_id"] for row in read_jsonl(path / "overlaps.jsonl")] == [f"train/{number}" for number in range(4)]
+    trained = {item.episode.task_id for item in RunDirectory.open(path).kept_episodes()}
+    assert trained == {f"train/{number}" for number in range(4, 8)}
 
 
 def test_a_fixed_seed_gives_the_same_run_twice(quickstart, small):
