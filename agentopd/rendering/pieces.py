@@ -59,7 +59,8 @@ def as_text(pieces: Sequence[bytes]) -> list[bytes]:
 
 
 def _invalid_ranges(data: bytes) -> list[tuple[int, int]]:
-    found, start = [], 0
+    found: list[tuple[int, int]] = []
+    start = 0
     while True:
         try:
             data[start:].decode()
