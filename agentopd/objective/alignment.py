@@ -131,19 +131,3 @@ def merge_observed(first_V: FloatArray, later: FloatArray) -> FloatArray:
     """
     merged: FloatArray = first_V + later.sum(dtype=np.float32)
     return merged
-
-
-def effective_vocabulary(student: Sequence[bytes | None], teacher: Sequence[bytes | None]) -> int:
-    """V_eff of two vocabularies that differ by padding rows alone: ids below it mean the same to both.
-
-    Raises ``ValueError`` naming the first id that differs.
-    """
-    size = min(len(student), len(teacher))
-    for index in range(size):
-        if student[index] != teacher[index]:
-            raise ValueError(
-                f"token id {index} is {student[index]!r} for the student, {teacher[index]!r} for the teacher"
-            )
-    if any(piece is not None for piece in [*student[size:], *teacher[size:]]):
-        raise ValueError(f"the longer vocabulary has tokens beyond id {size - 1}, not only padding")
-    return size

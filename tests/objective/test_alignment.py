@@ -4,7 +4,6 @@ import math
 from itertools import pairwise
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from agentopd.objective.alignment import (
     Segment,
     align_bytes,
-    effective_vocabulary,
     merge_observed,
     segment_logprobs,
     shared_ids,
@@ -117,11 +115,3 @@ def test_merged_distribution_is_the_identity_for_one_token():
     first = np.log(np.array([0.7, 0.3], np.float32))
     np.testing.assert_array_equal(merge_observed(first, np.zeros(0, np.float32)), first)
     np.testing.assert_allclose(merge_observed(first, np.array([-1.0, -0.5], np.float32)), first - 1.5, rtol=1e-6)
-
-
-def test_padding_rows_do_not_matter_but_another_token_does():
-    assert effective_vocabulary([b"a", b"b"], [b"a", b"b", None, None]) == 2
-    with pytest.raises(ValueError, match="token id 1 is b'b'"):
-        effective_vocabulary([b"a", b"b"], [b"a", b"c"])
-    with pytest.raises(ValueError, match="beyond id 0"):
-        effective_vocabulary([b"a"], [b"a", b"c"])
