@@ -43,7 +43,7 @@ def test_presets_are_visible():
     assert "verifier_calibrated" in agentopd("presets", "list", "--plain").stdout
     shown = agentopd("presets", "show", "verifier_calibrated").stdout
     assert "w_conflict" in shown and "top_k" in shown
-    assert "did you mean 'opd'" in refused("presets", "show", "odp")
+    assert "did you mean 'opd'" in refused("presets", "show", "opdd")
 
 
 def test_environments_are_visible():

@@ -99,7 +99,7 @@ class Blocks(Section):
             found.append(self.divergence.top_k)
         if isinstance(self.divergence, JensenShannon) and self.divergence.top_k is not None:
             found.append(self.divergence.top_k)
-        if isinstance(self.divergence, CandidatesPG) and self.divergence.support != "student":
+        if isinstance(self.divergence, CandidatesPG):  # the student's own candidates are still compared with them
             found.append(self.divergence.top_k)
         if isinstance(self.router, AsymmetricRouter):
             found.append(self.router.top_k)
