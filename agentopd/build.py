@@ -152,7 +152,8 @@ def build_policy(model_name: str, dtype: str, config: RolloutConfig) -> Policy:
             f"model {model_name!r} has {model.get_input_embeddings().num_embeddings} embeddings but its tokenizer "
             f"{len(tokenizer)} tokens; resize the embeddings or fix the tokenizer"
         )
-    return Policy(model, tokenizer, codec, renderer, HFEngine(model, batch_size=config.batch_size))
+    engine = HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)
+    return Policy(model, tokenizer, codec, renderer, engine)
 
 
 @dataclass

@@ -88,7 +88,7 @@ async def _evaluate(
     from agentopd.rendering import HermesJSON
 
     skills = load_skills(load_suite(suite_path))
-    student = build_policy(model, "bfloat16", RolloutConfig()) if model is not None else None
+    student = build_policy(model, "auto", RolloutConfig()) if model is not None else None
     tasks = heldout_tasks(skills.values(), options.limit, options.seed)
     judge = Judge(skills.values(), build_sandbox(SandboxConfig()))
     try:

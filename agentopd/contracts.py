@@ -221,6 +221,8 @@ class GenerationRequest:
     token_ids: Sequence[int]
     params: SamplingParams
     seed: int
+    session: str = ""
+    """Names the episode, so that an engine may keep what it computed for the turns before; empty: keep nothing."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from agentopd.errors import ConfigError
 
 SHIPPED = ("micro/student", "micro/teacher")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16", "sve_bf16")
 
 
 def resolve_model(name: str) -> str:
@@ -53,11 +55,27 @@ def load_model(name: str, dtype: str) -> Any:
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name), dtype=_DTYPES[dtype], attn_implementation=ATTENTION
+            resolve_model(name), dtype=_DTYPES[settle_dtype(dtype)], attn_implementation=ATTENTION
         )
     except (OSError, ValueError) as exc:
         raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(exc)}") from None
     return model.eval().to(default_device())
+
+
+def settle_dtype(name: str) -> str:
+    """The dtype a config means here: ``auto`` is bfloat16 wherever the hardware computes in it, else float32.
+
+    A CPU without bfloat16 instructions emulates them, several times slower than float32.
+    """
+    if name != "auto":
+        return name
+    native = default_device().type != "cpu" or any(_cpu_capabilities().get(key) for key in _CPU_BFLOAT16)
+    return "bfloat16" if native else "float32"
+
+
+def _cpu_capabilities() -> Mapping[str, Any]:
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
 
 
 def default_device() -> torch.device:

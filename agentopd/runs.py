@@ -21,7 +21,7 @@ from agentopd.evaluation.metrics import EvalResult
 from agentopd.learner import runtime
 from agentopd.learner.deepspeed import DeepSpeedLearner
 from agentopd.mixture import Mixture, TaskStream
-from agentopd.models import model_hash
+from agentopd.models import model_hash, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
 from agentopd.tracking import Provenance, RunDirectory, Session, Tracker, open_tracker
 from agentopd.types import Task
@@ -71,7 +71,7 @@ class Run:
     @classmethod
     def start(cls, config: RunConfig) -> Run:
         """Load and check every part of a new run; nothing is written before ``open``."""
-        run = cls._build(config, Path(config.run_dir))
+        run = cls._build(_settled(config), Path(config.run_dir))
         RunDirectory.check_free(config.run_dir)
         return run
 
@@ -202,3 +202,13 @@ def _seed_everything(config: RunConfig) -> None:
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """The config with ``auto`` dtypes decided, so that a run resumed on another machine computes as it began."""
+    teachers = {
+        key: teacher.model_copy(update={"dtype": settle_dtype(teacher.dtype)})
+        for key, teacher in config.teachers.items()
+    }
+    model = config.model.model_copy(update={"dtype": settle_dtype(config.model.dtype)})
+    return config.model_copy(update={"model": model, "teachers": teachers})

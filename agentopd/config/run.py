@@ -10,7 +10,8 @@ from agentopd.config.base import OFF, Section
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.types import Limits
 
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
+"""``auto``: bfloat16 on accelerators and on CPUs that compute in it, float32 on other CPUs, where bfloat16 is slow."""
 
 
 class SkillConfig(Section):
@@ -63,7 +64,7 @@ class ModelConfig(Section):
 
     student: str = "micro/student"
     """A directory, a Hugging Face id, or a checkpoint shipped with AgentOPD (``micro/student``)."""
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
 
 
 class TeacherConfig(Section):
@@ -71,7 +72,7 @@ class TeacherConfig(Section):
 
     kind: Literal["hf"] = "hf"
     model: str
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
     batch_tokens: int = Field(16384, ge=256)
 
 
@@ -85,6 +86,8 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     batch_size: int = Field(256, ge=1)
     """Sequences decoded at once by the in-process engine."""
+    turn_cache_mb: int = Field(1024, ge=0)
+    """Memory for keys and values kept between the turns of an episode; 0 prefills the whole prompt every turn."""
     codec: str = "hermes_json"
     max_malformed: int = Field(3, ge=1)
     """Malformed tool calls that end an episode."""

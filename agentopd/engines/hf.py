@@ -2,26 +2,27 @@
 
 Prompts are padded on the right, where causal attention hides the padding for free; equal prompts (the copies of a
 group) are prefilled once and their cache rows copied. The last prompt token goes through the decode step, so that the
-prefill needs no logits. Rows that finish leave the batch in bulk.
+prefill needs no logits. Rows that finish leave the batch in bulk. What a turn computed is kept for the episode's next
+one, which then prefills only the tool results in between.
 
-Shapes: B rows, U distinct prompts, L padded prompt length, T cache columns, V vocabulary.
+Shapes: B rows, U distinct prompts, L padded length of the tokens to prefill, T cache columns, V vocabulary.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from agentopd.attention import ATTENTION
 from agentopd.contracts import Generation, GenerationRequest
+from agentopd.engines.cache import TurnCache, load_rows, read_row
 from agentopd.engines.sampling import UniformStreams, sample
 from agentopd.errors import EngineError, boundary
 
@@ -33,19 +34,23 @@ class HFEngine:
     """Samples from ``model`` itself: the weights are the learner's, so there is nothing to copy.
 
     ``model`` is a Hugging Face causal language model; ``batch_size`` rows are decoded at once, sorted by
-    length. Not to be used while the learner updates: calls run in one worker thread and do not lock the weights.
+    length; ``turn_cache_mb`` bounds the memory for keys and values kept between turns (0: every turn prefills its whole
+    prompt). Not to be used while the learner updates: calls run in one worker thread and do not lock the weights.
     Raises ``EngineError`` for requests that do not fit ``max_context`` and for non-finite log-probs.
     """
 
     lockstep = True
 
-    def __init__(self, model: Any, batch_size: int = 256, max_context: int | None = None) -> None:
+    def __init__(
+        self, model: Any, batch_size: int = 256, max_context: int | None = None, turn_cache_mb: int = 1024
+    ) -> None:
         # Below the width of a sliding window, windowed and full attention are the same: stay below it.
         limit = min(model.config.max_position_embeddings, getattr(model.config, "sliding_window", None) or math.inf)
         self.model = model
         self.batch_size = batch_size
         self.max_context = int(min(max_context or limit, limit))
         self.weight_version = 0
+        self.turns = TurnCache(turn_cache_mb * 2**20)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-engine")
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
@@ -64,8 +69,9 @@ class HFEngine:
         return [result for result in results if result is not None]
 
     def sync_weights(self, version: int) -> None:
-        """Nothing to copy; from here on generations carry ``version``."""
+        """Nothing to copy; from here on generations carry ``version``, and nothing computed before it is used."""
         self.weight_version = version
+        self.turns.clear()
 
     async def aclose(self) -> None:
         """Stop the worker thread."""
@@ -92,7 +98,7 @@ class HFEngine:
                 yield rows[start : start + self.batch_size]
 
     def _decode(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        batch = _Batch(self.model, requests)
+        batch = _Batch(self.model, requests, self.turns)
         while batch.alive:
             batch.step()
         return batch.results(self.weight_version)
@@ -101,8 +107,10 @@ class HFEngine:
 class _Batch:
     """The state of one batch while it decodes. All requests share temperature, top-p and stop ids."""
 
-    def __init__(self, model: Any, requests: Sequence[GenerationRequest]) -> None:
+    def __init__(self, model: Any, requests: Sequence[GenerationRequest], turns: TurnCache) -> None:
         self.model = model
+        self.requests = requests
+        self.turns = turns
         self.params = requests[0].params
         self.device = next(model.parameters()).device
         self.sampled: list[list[int]] = [[] for _ in requests]
@@ -118,8 +126,14 @@ class _Batch:
         prompts = [tuple(request.token_ids) for request in requests]
         self.next_B = self._tensor([prompt[-1] for prompt in prompts])
         self.position_B = self._tensor([len(prompt) - 1 for prompt in prompts])
-        self.cache = DynamicCache()
-        self.columns = self._prefill([prompt[:-1] for prompt in prompts])
+        kept = [turns.take(request.session, request.token_ids) for request in requests]
+        self.known = [len(row.token_ids) if row else 0 for row in kept]
+        """Tokens of each request whose keys and values an earlier turn left: the first columns of its row."""
+        self.cache, self.loaded = load_rows(kept)
+        """The first ``loaded`` columns hold those, each row padded on the right."""
+        new = [prompt[known:-1] for prompt, known in zip(prompts, self.known, strict=True)]
+        self.columns = self.loaded + (self._extend(new) if self.loaded else self._prefill(new))
+        self.prefill_end = self.columns
         self.mask_BT = self._mask(self.columns + max(self.room))
 
     def step(self) -> None:
@@ -140,6 +154,7 @@ class _Batch:
 
     def results(self, weight_version: int) -> list[Generation]:
         """What was sampled, in the order of the requests."""
+        self._keep(range(len(self.rows)))
         if not all(math.isfinite(value) for row in self.logprobs for value in row):
             raise EngineError("a sampled token has a non-finite log-prob: the weights are broken (NaN or infinite)")
         return [
@@ -153,19 +168,48 @@ class _Batch:
         length = max(map(len, prompts))
         if length == 0:
             return 0
-        ids_UL = self._tensor([[*prompt, *[0] * (length - len(prompt))] for prompt in distinct])
-        self.model(input_ids=ids_UL, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.model(
+            input_ids=self._padded(list(distinct), length), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
         if len(distinct) < len(prompts):
             self.cache.batch_select_indices(self._tensor([distinct[prompt] for prompt in prompts]))
+        return length
+
+    def _extend(self, new: Sequence[tuple[int, ...]]) -> int:
+        """Add what each prompt has beyond its cached tokens, all but the last; returns the padded length L."""
+        length = max(map(len, new))
+        if length == 0:
+            return 0
+        known_B, column_T = self._tensor(self.known), torch.arange(self.loaded + length, device=self.device)
+        row_L = torch.arange(length, device=self.device)
+        past_BT = (column_T < known_B[:, None]) & (column_T < self.loaded)
+        own_LT = (column_T >= self.loaded) & (column_T - self.loaded <= row_L[:, None])
+        self.model(
+            input_ids=self._padded(new, length),
+            attention_mask=self._additive(past_BT[:, None, None, :] | own_LT),
+            position_ids=known_B[:, None] + row_L,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return length
 
     def _mask(self, width: int) -> torch.Tensor:
         """Additive mask over cache columns: a row sees its own prompt and everything sampled, not the padding."""
         column_T = torch.arange(width, device=self.device)
-        padding_BT = (column_T >= self.position_B[:, None]) & (column_T < self.columns)
-        return torch.zeros(padding_BT.shape, dtype=self.model.dtype, device=self.device).masked_fill_(
-            padding_BT, float("-inf")
+        known_B1 = self._tensor(self.known)[:, None]
+        new_B1 = self.position_B[:, None] - known_B1
+        past_BT = (column_T < known_B1) & (column_T < self.loaded)
+        own_BT = (column_T >= self.loaded) & (column_T < self.loaded + new_B1)
+        return self._additive(past_BT | own_BT | (column_T >= self.columns))
+
+    def _additive(self, visible: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(visible.shape, dtype=self.model.dtype, device=self.device).masked_fill_(
+            ~visible, float("-inf")
         )
+
+    def _padded(self, rows: Sequence[tuple[int, ...]], length: int) -> torch.Tensor:
+        return self._tensor([[*row, *[0] * (length - len(row))] for row in rows])
 
     def _record(self, tokens: list[int], logprobs: list[float]) -> None:
         for row, request in enumerate(self.rows):
@@ -179,7 +223,22 @@ class _Batch:
                 self.done[row] = True
                 self.alive -= 1
 
+    def _keep(self, rows: Iterable[int]) -> None:
+        """Leave the keys and values of finished ``rows`` for their episodes' next turn."""
+        for row in rows:
+            index = self.rows[row]
+            request, sampled = self.requests[index], self.sampled[index]
+            # A turn that was cut off ends its episode; the last token sampled was never fed.
+            if not request.session or not self.stopped[index] or not self.turns.max_bytes:
+                continue
+            known, length = self.known[index], len(request.token_ids)
+            new = (self.loaded, self.loaded + length - 1 - known)
+            spans = ((0, known), new, (self.prefill_end, self.prefill_end + len(sampled)))
+            tokens = (*request.token_ids, *sampled[:-1])
+            self.turns.put(request.session, read_row(self.cache, row, spans, tokens))
+
     def _compact(self) -> None:
+        self._keep(row for row, done in enumerate(self.done) if done)
         keep = [row for row, done in enumerate(self.done) if not done]
         keep_B = self._tensor(keep)
         self.cache.batch_select_indices(keep_B)

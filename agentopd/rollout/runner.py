@@ -72,6 +72,7 @@ class _Student:
     ) -> None:
         self.codec = renderer.codec
         self.max_context = source.engine.max_context
+        self._session = f"{index}/{spec.id}"
         self._index, self._seed, self._source, self._renderer, self._options = (
             index,
             spec.seed,
@@ -88,7 +89,7 @@ class _Student:
 
     async def act(self, turn: int, token_ids: Sequence[int], room: int) -> Act:
         params = SamplingParams(self._options.temperature, self._options.top_p, room, self._renderer.end_of_turn_ids)
-        request = GenerationRequest(tuple(token_ids), params, turn_seed(self._seed, turn))
+        request = GenerationRequest(tuple(token_ids), params, turn_seed(self._seed, turn), self._session)
         made = await self._source.generate(self._index, request)
         text = self._renderer.decode_turn(made.token_ids)
         stopped = made.finish_reason == "stop"

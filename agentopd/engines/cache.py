@@ -1,0 +1,131 @@
+"""Keys and values of the in-process engine: buffers written in place, and rows kept from one turn to the next.
+
+Shapes: B rows, H key-value heads, T columns of a batch's buffer, P cached tokens of one row, D head width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+_SPARE = 64
+"""Columns allocated beyond those asked for: growing copies the buffer, so it is done once in so many tokens."""
+
+
+class BufferedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
+    """One layer's keys and values in a buffer with room to spare.
+
+    transformers' own layer concatenates, which copies everything cached for every token sampled.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, H, n, D) columns; returns all columns so far, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self.keys = _written(self.keys, key_states, start)
+        self.values = _written(self.values, value_states, start)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        """Columns in use."""
+        return self.length
+
+
+def _written(buffer: Tensor, new: Tensor, start: int) -> Tensor:
+    end = start + new.shape[-2]
+    if buffer.dim() < 4 or end > buffer.shape[-2]:
+        grown = new.new_empty(*new.shape[:2], end + _SPARE, new.shape[-1])
+        if start:
+            grown[:, :, :start] = buffer[:, :, :start]
+        buffer = grown
+    buffer[:, :, start:end] = new
+    return buffer
+
+
+def empty_cache() -> Cache:
+    """A cache of ``BufferedLayer`` for any model with plain attention layers."""
+    return Cache(layer_class_to_replicate=BufferedLayer)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one sequence left behind: the tokens whose keys and values are known, and those, (2 x layers, H, P, D)."""
+
+    token_ids: tuple[int, ...]
+    kv: Tensor
+
+
+def read_row(cache: Cache, row: int, spans: Sequence[tuple[int, int]], token_ids: tuple[int, ...]) -> Row:
+    """Copy the columns ``spans`` of one row out of a batch's cache."""
+    pieces = [
+        torch.cat([buffer[row, :, start:end] for start, end in spans], dim=1)
+        for layer in cache.layers
+        for buffer in (layer.keys, layer.values)
+    ]
+    return Row(token_ids, torch.stack(pieces))
+
+
+def load_rows(rows: Sequence[Row | None]) -> tuple[Cache, int]:
+    """A cache of B rows, each left-aligned, and its width; columns that a row does not have are zero."""
+    width = max((len(row.token_ids) for row in rows if row), default=0)
+    cache = empty_cache()
+    found = next((row.kv for row in rows if row), None)
+    if found is None:
+        return cache, 0
+    parts, heads, _, head_width = found.shape
+    # Zeros, not left as allocated: a masked column still meets a weight of 0, and 0 times NaN is NaN.
+    buffers = found.new_zeros(parts, len(rows), heads, width, head_width)
+    for index, row in enumerate(rows):
+        if row:
+            buffers[:, index, :, : row.kv.shape[2]] = row.kv
+    for layer in range(parts // 2):
+        cache.update(buffers[2 * layer], buffers[2 * layer + 1], layer)
+    return cache, width
+
+
+class TurnCache:
+    """Rows kept between the turns of an episode, by session; the oldest leave when ``max_bytes`` are exceeded.
+
+    Keys and values belong to the weights they were computed with: ``clear`` it whenever those change.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._rows: OrderedDict[str, Row] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, session: str, row: Row) -> None:
+        """Keep a row for the session's next turn, where there is room."""
+        self.take(session, ())
+        self._rows[session] = row
+        self._bytes += row.kv.nbytes
+        while self._bytes > self.max_bytes:
+            self._bytes -= self._rows.popitem(last=False)[1].kv.nbytes
+
+    def take(self, session: str, token_ids: Sequence[int]) -> Row | None:
+        """Remove the session's row and return it, if ``token_ids`` continue it by at least one token."""
+        row = self._rows.pop(session, None)
+        if row is None:
+            return None
+        self._bytes -= row.kv.nbytes
+        known = len(row.token_ids)
+        return row if known < len(token_ids) and tuple(token_ids[:known]) == row.token_ids else None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._rows.clear()
+        self._bytes = 0
