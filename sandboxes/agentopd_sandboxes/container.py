@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from agentopd.contracts import SandboxLimits
 from agentopd.errors import SandboxError
-from agentopd_sandboxes import seccomp, wire
+from agentopd_sandboxes import ledger, seccomp, wire
 from agentopd_sandboxes.cell import PATIENCE
 from agentopd_sandboxes.image import AGENT_HOME
 from agentopd_sandboxes.pool import CellDied
@@ -69,16 +70,17 @@ class Container:
     """A running container with an agent that answers. One program's cases, one at a time, then it is removed."""
 
     def __init__(
-        self, client: Any, image: str, limits: SandboxLimits, labels: dict[str, str], runtime: str | None
+        self, client: Any, image: str, limits: SandboxLimits, runtime: str | None, knock: Callable[[], None]
     ) -> None:
         self.client = client
+        self._knock = knock
         self.limits = limits
         self.usable = True
         self.capabilities: frozenset[str] = frozenset()
         api = client.api
         host = api.create_host_config(**hardened(limits), **({"runtime": runtime} if runtime else {}))
         made = api.create_container(
-            image, _COMMAND, user=NOBODY, stdin_open=True, hostname="sandbox", labels=labels, host_config=host,
+            image, _COMMAND, user=NOBODY, stdin_open=True, hostname="sandbox", labels=ledger.labels(), host_config=host,
             environment={"PYTHONHASHSEED": "0"}, network_disabled=True,
         )  # fmt: skip
         self.id: str = made["Id"]
@@ -158,6 +160,7 @@ class Container:
 
     def _out_of_memory(self) -> bool:
         with suppress(Exception):
+            self._knock()
             return bool(self.client.api.inspect_container(self.id)["State"]["OOMKilled"])
         return False
 
@@ -168,4 +171,5 @@ class Container:
         with suppress(Exception):
             self._socket.close()
         with suppress(Exception):
+            self._knock()
             self.client.api.remove_container(self.id, force=True, v=True)

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, ClassVar, TypeVar
 
 from agentopd.contracts import Case, CaseResult, Program, SandboxLimits
@@ -244,7 +244,7 @@ class Engine:
             where = self.host or "the local socket"
             client = None
             try:
-                _knock(self.host)
+                self.knock()
                 client = docker.DockerClient(base_url=self.host or None, timeout=60, max_pool_size=32)
                 client.ping()
                 self._client = client
@@ -256,22 +256,30 @@ class Engine:
                 ) from exc
         return self._client
 
+    def knock(self) -> None:
+        """Raise ``OSError`` if nobody listens at a local socket: the SDK finds out too, but leaves a socket open."""
+        path = self.host.removeprefix("unix://") or "/var/run/docker.sock"
+        if self.host in ("", f"unix://{path}"):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(path)
+
     def start(self, limits: SandboxLimits, runtime: str | None, image_source: str) -> Container:
         """Start one container; ``SandboxError`` if the engine does not."""
         try:
             client = self.client()
+            self.knock()
             if not self._image:
                 self._image = image.ensure(client, image_source)
             mine = client.api.containers(all=True, quiet=True, filters={"label": ledger.LABEL})
             self.live = len(mine)
             ledger.check_room(self.live)
-            return Container(client, self._image, limits, ledger.labels(), runtime)
+            return Container(client, self._image, limits, runtime, self.knock)
         except SandboxError as exc:
             if isinstance(exc, CellDied):
                 raise SandboxError(str(exc)) from exc
             raise
         except Exception as exc:
-            self._client = None  # perhaps the engine went away: connect anew next time
+            self.close()  # perhaps the engine went away: connect anew next time
             raise SandboxError(f"the Docker engine at {self.host or 'the local socket'}: {exc}") from exc
 
     def prune(self) -> list[str]:
@@ -279,7 +287,8 @@ class Engine:
         client, gone = self.client(), []
         for found in client.api.containers(all=True, filters={"label": ledger.LABEL}):
             if ledger.is_stale(found["Labels"]):
-                client.api.remove_container(found["Id"], force=True, v=True)
+                with suppress(Exception):  # the engine may be removing it already
+                    client.api.remove_container(found["Id"], force=True, v=True)
                 gone.append(found["Id"][:12])
         return gone
 
@@ -288,14 +297,6 @@ class Engine:
         if self._client is not None:
             self._client.close()
         self._client = None
-
-
-def _knock(host: str) -> None:
-    """Raise ``OSError`` if nobody listens at a local socket: the SDK finds out too, but leaves a socket open."""
-    path = host.removeprefix("unix://") or "/var/run/docker.sock"
-    if host in ("", f"unix://{path}"):
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(path)
 
 
 def build_image(source: str = "auto") -> str:

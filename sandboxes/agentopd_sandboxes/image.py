@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import py_compile
 import re
 import subprocess
+import sys
 import sysconfig
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +38,9 @@ _LEFT_OUT = {
     "ensurepip",
     "lib2to3",
     "site-packages",
-    "__pycache__",
 }
+_COMPILED = f".{sys.implementation.cache_tag}.pyc"
+"""Without them every container would compile the library anew."""
 _ZONES = Path("/usr/share/zoneinfo")
 
 
@@ -45,7 +49,8 @@ def tag() -> str:
     digest = hashlib.sha256()
     for name in AGENT_FILES:
         digest.update((PACKAGE / f"{name}.py").read_bytes())
-    digest.update((PACKAGE / "image/Dockerfile").read_bytes())
+    for name in ("image.py", "image/Dockerfile"):
+        digest.update((PACKAGE / name).read_bytes())
     return f"{REPOSITORY}:{digest.hexdigest()[:12]}"
 
 
@@ -110,6 +115,7 @@ def _tar(files: Iterable[tuple[str, Path | bytes | str | None]]) -> bytes:
             else:
                 data = what if isinstance(what, bytes) else what.read_bytes()
                 info.size = len(data)
+                info.mtime = 0 if isinstance(what, bytes) else int(what.stat().st_mtime)  # compiled files quote it
                 archive.addfile(info, io.BytesIO(data))
                 continue
             archive.addfile(info)
@@ -121,7 +127,17 @@ def _context_files() -> Iterator[tuple[str, Path | bytes | str | None]]:
     for folder in ("rootfs", "rootfs/work", "rootfs/opt"):
         yield folder, None
     for name in AGENT_FILES:
-        yield f"rootfs{AGENT_HOME}/agentopd_sandboxes/{name}.py", PACKAGE / f"{name}.py"
+        home = f"rootfs{AGENT_HOME}/agentopd_sandboxes"
+        yield f"{home}/{name}.py", PACKAGE / f"{name}.py"
+        yield f"{home}/__pycache__/{name}{_COMPILED}", _compiled(PACKAGE / f"{name}.py")
+
+
+def _compiled(path: Path) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="agentopd-image-") as folder:
+        made = f"{folder}/out.pyc"
+        mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        py_compile.compile(str(path), made, doraise=True, invalidation_mode=mode)
+        return Path(made).read_bytes()
 
 
 def _interpreter_files() -> Iterator[tuple[str, Path | bytes | str | None]]:
@@ -135,7 +151,7 @@ def _interpreter_files() -> Iterator[tuple[str, Path | bytes | str | None]]:
         folders[:] = sorted(set(folders) - _LEFT_OUT)
         for name in sorted(names):
             path = Path(folder, name)
-            if path.suffix in (".py", ".so", ".txt"):
+            if path.suffix in (".py", ".so", ".txt") or name.endswith(_COMPILED):
                 yield str(path), path
             if path.suffix == ".so":
                 linked.append(path)
