@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from agentopd.errors import AgentOPDError, UserError
+from agentopd.memory import keep_freed_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -269,6 +270,7 @@ def sandbox_image(
 
 def main() -> None:
     """Entry point: run a command, and turn errors into one line and an exit code."""
+    keep_freed_memory()
     try:
         app(standalone_mode=False)
     except AgentOPDError as error:
