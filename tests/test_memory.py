@@ -9,8 +9,8 @@ from agentopd.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def work():
-    for _ in range(20):
-        torch.ones(2_000_000)
+    for _ in range(5):
+        torch.ones(12_000_000)  # above the size that glibc learns to keep by itself
 work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 work()

@@ -110,7 +110,7 @@ def test_a_run_config_is_compared_by_presets():
 @pytest.mark.parametrize(
     ("changes", "needle"),
     [
-        ({'preset = "opd"': 'preset = "odp"'}, "arm 'opd'.*did you mean 'opd'"),
+        ({'preset = "opd"': 'preset = "exopdd"'}, "arm 'opd'.*did you mean 'exopd'"),
         ({"[arms.opd]": "[arms.base]"}, "untrained student"),
         ({"seeds = [0, 1, 2]": "seeds = [0, 0]"}, "distinct seeds"),
         ({'name = "demo"': 'name = "demo"\nbaseline = "grpo"'}, "'grpo' is no arm"),
