@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks
 
-.PHONY: quickstart install test test-fast check format bench micro certificates clean
+.PHONY: quickstart install test test-long test-fast check format bench micro certificates clean
 
 quickstart: install  ## the whole loop on a CPU: train, measure what was kept, write report.html
 	$(BIN)/agentopd train configs/quickstart.toml
@@ -26,7 +26,10 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 test: install  ## every tier this machine can run; the others say why they were skipped
-	$(PYTEST)
+	$(PYTEST) -m "not long"
+
+test-long: install  ## the slow tests on more cases: minutes
+	$(PYTEST) -m long
 
 test-fast: install  ## the tier that runs in under a minute
 	$(PYTEST) -m "not slow and not vllm and not docker and not gpu"
@@ -35,7 +38,7 @@ check: install  ## format, lint, types, tests
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(PYTEST)
+	$(PYTEST) -m "not long"
 
 format: install
 	$(BIN)/ruff format $(SOURCES)

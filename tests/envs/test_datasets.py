@@ -158,6 +158,7 @@ async def _check_programs(source: str, sandbox: JailSandbox) -> list[str]:
 
 @pytest.mark.data
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("source", ["quixbugs", "humanevalfix"])
 def test_gold_programs_pass_every_case_and_buggy_ones_do_not(source, data_dir):
     async def run():

@@ -28,7 +28,13 @@ def run(out: Path, ranks: int, stage: int, preset: str) -> tuple[dict[str, torch
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "stage"),
-    [("verifier_calibrated", 0), ("verifier_calibrated", 2), ("sg_opd", 0), ("aopd", 0), ("topk_opd", 0)],
+    [
+        ("verifier_calibrated", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [("verifier_calibrated", 0), ("sg_opd", 0), ("aopd", 0), ("topk_opd", 0)]
+        ),
+    ],
 )
 def test_two_ranks_equal_one(tmp_path, preset, stage):
     one, one_metrics = run(tmp_path / "one", 1, stage, preset)

@@ -22,9 +22,9 @@ def quickstart() -> Path:
 
 @pytest.fixture
 def small(tmp_path):
-    """Overrides for a small run in a fresh directory; more can be given."""
+    """Overrides for a small run in a fresh directory, the objective without its stages; more can be given."""
 
-    def overrides(*more: str, name: str = "run") -> list[str]:
-        return [*SMALL, f"run_dir={tmp_path / name}", *more]
+    def overrides(*more: str, name: str = "run", stages: bool = False) -> list[str]:
+        return [*SMALL, *([] if stages else ["objective.stages=[]"]), f"run_dir={tmp_path / name}", *more]
 
     return overrides

@@ -29,7 +29,7 @@ def test_every_recipe_trains(recipe, small, honest_server):
     more += FEWER_TASKS if config.objective.needs_stored_rollouts else []
     steps = 5 if config.objective.stages else 1
     more += [f"train.steps={steps}", "train.prompts_per_step=3", "eval.tasks_per_skill=1"]
-    config = load_run_config(recipe, small(*more))
+    config = load_run_config(recipe, small(*more, stages=True))
     asyncio.run(train(Run.start(config), make_console(plain=True)))
     rows = read_jsonl(Path(config.run_dir) / "metrics.jsonl")
     assert len(rows) == steps

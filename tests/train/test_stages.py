@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def metrics(path: Path) -> list[dict]:
 
 def test_a_guarded_continual_run_acts_and_resumes_exactly(quickstart, small, tmp_path):
     config_file = tmp_path / "continual.toml"
-    text = quickstart.read_text().replace("steps = 110\n", "")
+    text = re.sub(r"^steps = .*\n", "", quickstart.read_text(), flags=re.MULTILINE)
     suite = quickstart.parent / "suites/micro.toml"
     config_file.write_text(text.replace('"suites/micro.toml"', f'"{suite}"') + STAGES)
     config = load_run_config(config_file, small(*BREAKING))
@@ -57,7 +58,7 @@ def test_a_guarded_continual_run_acts_and_resumes_exactly(quickstart, small, tmp
     whole = metrics(path)
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
     assert "store/success" not in whole[1] and "repair/success" in whole[1]
-    assert whole[0]["replay/share/math"] == pytest.approx(0.25)
+    assert whole[0]["replay/share/math"] == pytest.approx(0.3)
     assert {"replay/share/math", "replay/share/repair"} <= whole[2].keys()
     assert all(row["teacher/tokens"] > 0 for row in whole) and whole[0]["replay/tokens"] > 0
 

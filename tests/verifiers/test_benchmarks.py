@@ -47,7 +47,7 @@ def tasks(source, seed, data_dir):
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 @pytest.mark.parametrize(("source", "rows"), [("quixbugs", 20), ("humanevalfix", 40), ("humaneval", 40)])
 def test_right_passes_and_broken_fails(source, rows, seed, data_dir, act):
     """The seed shuffles the rows and, through the task's hash, the order of cases in each run."""
