@@ -4,17 +4,21 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys, torch
+import resource, sys, threading, torch
 from agentopd.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def work():
     for _ in range(5):
-        torch.ones(12_000_000)  # above the size that glibc learns to keep by itself
-work()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-work()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        [torch.ones(size * 250_000) for size in (1, 30, 5, 20, 10, 30, 2)]  # megabytes, freed together
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=work)  # as the backward pass
+    thread.start()
+    thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
 """
 
 

@@ -55,14 +55,14 @@ def test_phased_teacher_sampling_ends_and_is_cached(one_skill, small, tmp_path):
 
 
 def test_stages_change_the_objective_and_resume_is_exact(one_skill, small, tmp_path):
-    overrides = small("train.steps=5", "objective.preset=sparse_dense", name="whole")
+    overrides = small("train.steps=5", "objective.preset=sparse_dense", name="whole", stages=True)
     whole = run(one_skill, overrides)
     rows = metrics(whole)
     assert ["loss/anchor" in row for row in rows] == [True, False, False, False, False]
     assert ["distill/coverage" in row for row in rows] == [False, True, True, True, False]
     for kept in RunDirectory.open(whole).path.glob("checkpoints/step-*"):
         assert kept.name in ("step-000004", "step-000005")
-    half = run(one_skill, small("train.steps=5", "objective.preset=sparse_dense", name="half"))
+    half = run(one_skill, small("train.steps=5", "objective.preset=sparse_dense", name="half", stages=True))
     # Drop the last step as a crash would have, and take it again.
     for path in (half / "checkpoints/step-000005").rglob("*"):
         if path.is_file():
