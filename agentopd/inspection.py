@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from agentopd.batching import verdict_signs
+from agentopd.config.objective import Blocks
 from agentopd.contracts import ScoredEpisode
 from agentopd.objective.routers import shown_weight
 from agentopd.runs import Run
@@ -16,11 +17,14 @@ from agentopd.tracking import KeptEpisode
 from agentopd.types import Task
 
 
-def keep_episodes(run: Run, scored: Sequence[ScoredEpisode], tasks: Mapping[str, Task]) -> None:
-    """Write this step's ``tracking.episodes_per_step`` episodes: skills in turn, passes and failures in turn."""
+def keep_episodes(run: Run, blocks: Blocks, scored: Sequence[ScoredEpisode], tasks: Mapping[str, Task]) -> None:
+    """Write ``tracking.episodes_per_step`` episodes of the step just taken, over skills, passes and failures in turn.
+
+    ``blocks`` are those the step trained with.
+    """
     if run.directory is not None and run.config.tracking.episodes_per_step:
         chosen = choose(scored, run.config.tracking.episodes_per_step)
-        run.directory.keep_episodes(run.step, [inspected(run, item, tasks) for item in chosen])
+        run.directory.keep_episodes(run.step, [inspected(run, blocks, item, tasks) for item in chosen])
 
 
 def choose(scored: Sequence[ScoredEpisode], num: int) -> list[ScoredEpisode]:
@@ -35,23 +39,22 @@ def choose(scored: Sequence[ScoredEpisode], num: int) -> list[ScoredEpisode]:
     return chosen[:num]
 
 
-def inspected(run: Run, item: ScoredEpisode, tasks: Mapping[str, Task]) -> KeptEpisode:
+def inspected(run: Run, blocks: Blocks, item: ScoredEpisode, tasks: Mapping[str, Task]) -> KeptEpisode:
     """One episode with decoded tokens, both log-probs, and the router's weight on each sampled token.
 
     The weight shown is the router's, before caps and budgets; the metrics count those.
     """
     episode, evidence = item.episode, item.evidence
-    masks = run.blocks.masks
     special = [flag for turn in episode.turns for flag in run.classify(turn.token_ids).special]
-    reasons = tuple("special" if flag and masks.special_tokens else "" for flag in special)
+    reasons = tuple("special" if flag and blocks.masks.special_tokens else "" for flag in special)
     teacher: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
     if evidence is not None:
         teacher = tuple(evidence.teacher_logprobs.tolist())
         rollout = np.array([value for turn in episode.turns for value in turn.rollout_logprobs])
         delta = torch.tensor(evidence.teacher_logprobs - rollout)
-        sigma = torch.from_numpy(verdict_signs(item, run.blocks)).to(delta)
-        weight = shown_weight(run.blocks.router, sigma, delta)
+        sigma = torch.from_numpy(verdict_signs(item, blocks)).to(delta)
+        weight = shown_weight(blocks.router, sigma, delta)
         weights = tuple(0.0 if reason else float(value) for value, reason in zip(weight, reasons, strict=True))
     decode, config = run.policy.tokenizer.decode, run.skills[episode.skill].config
     return KeptEpisode(

@@ -64,7 +64,7 @@ async def train(run: Run, console: Console) -> Outcome:
 
 async def train_step(run: Run) -> str:
     """One step of design: draw, act, judge, score, update, log. Returns a one-line note of this step's success."""
-    clock = Clock()
+    clock, blocks = Clock(), run.blocks
     run.enter_stage()
     drawn = run.mixture.draw(run.config.train.prompts_per_step)
     shares, tasks = run.mixture.shares(), {item.task.hash: item.task for item in drawn}
@@ -77,16 +77,16 @@ async def train_step(run: Run) -> str:
         scored, anchors = await score(run, rewarded, tasks), await score(run, beside, tasks, anchor=True)
     with clock.phase("learner"):
         both = [*scored, *anchors]
-        batch = build_batch(both, run.blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
+        batch = build_batch(both, blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
         learned = run.learner.step(batch)
-    measured = others if run.blocks.source.kind in ("gold", "teacher") else own
+    measured = others if blocks.source.kind in ("gold", "teacher") else own
     replayed = {f"replay/share/{name}": shares[name] for name in sorted(run.old_skills)}
     run.step += 1
     run.policy.engine.sync_weights(run.step)
     metrics = {**step_metrics(measured), **cost_metrics(scored), **replayed, **learned, **clock.metrics()}
     run.log(metrics)
     shown = [replace(item, verdict=verdict) for item, (_, verdict) in zip(scored, judged, strict=True)]
-    keep_episodes(run, shown, {item.task.id: item.task for item in drawn})
+    keep_episodes(run, blocks, shown, {item.task.id: item.task for item in drawn})
     rates = [f"{name} {100 * metrics[f'{name}/success']:.0f} %" for name in run.skills if f"{name}/success" in metrics]
     return "  ".join(rates)
 
