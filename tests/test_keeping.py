@@ -201,7 +201,7 @@ def test_real_embeddings_prefer_the_prompts_alike():
     old = [task(t) for t in ("Add 12 and 30.", "What is 7 plus 5?", "Name a colour of the sky.", "Sing a song.")]
     new = [task("Compute the sum of 3 and 9."), task("How much is 4 + 4?")]
     config = CoresetConfig(model=str(weights), pool=4, size=2, nearness=1.0)
-    chosen = choose_tasks(old, new, load_embedder(config.model), config)
+    chosen = choose_tasks(old, new, load_embedder(config.model, "replay.coreset.model"), config)
     assert {item.id for item in chosen} == {"Add 12 and 30.", "What is 7 plus 5?"}
     with pytest.raises(ConfigError, match="no/such/model"):
-        load_embedder("no/such/model")
+        load_embedder("no/such/model", "replay.coreset.model")

@@ -1,7 +1,8 @@
 """What goes into each batch: new skills by weight, old skills replayed on-policy; and what is done to keep them."""
 
-from agentopd.mixture.coreset import choose_tasks, load_embedder
-from agentopd.mixture.decontamination import Decontaminator, Overlap, sentence_embedder
+from agentopd.mixture.coreset import choose_tasks
+from agentopd.mixture.decontamination import Decontaminator, Overlap
+from agentopd.mixture.embedding import load_embedder
 from agentopd.mixture.guard import Action, GuardState, guard_actions
 from agentopd.mixture.replay import ReplayScores, budgeted_shares, replay_weights
 from agentopd.mixture.suite import CoresetStream, Drawn, Mixture, MixtureState, TaskStream
@@ -22,5 +23,4 @@ __all__ = [
     "guard_actions",
     "load_embedder",
     "replay_weights",
-    "sentence_embedder",
 ]

@@ -9,39 +9,13 @@ Shapes: C candidates, P new prompts, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from agentopd.config.retention import CoresetConfig
-from agentopd.errors import ConfigError
+from agentopd.mixture.embedding import Embed, Floats
 from agentopd.types import Task
-
-Floats = npt.NDArray[np.float32]
-Embed = Callable[[Sequence[str]], Floats]
-"""Texts to unit vectors (texts, D)."""
-
-
-def load_embedder(model: str) -> Embed:
-    """An embedder from a sentence-transformers model. Raises ``ConfigError`` where it or the library is missing."""
-    try:
-        from sentence_transformers import SentenceTransformer  # heavy, and optional
-    except ImportError:
-        raise ConfigError(
-            "replay.policy 'coreset' needs sentence-transformers: `pip install agentopd[embeddings]`, "
-            "or choose another policy"
-        ) from None
-    try:
-        loaded = SentenceTransformer(model, device="cpu")
-    except Exception as exc:  # whatever the library raises for a path or id that is no model
-        raise ConfigError(f"replay.coreset.model {model!r} cannot be loaded: {exc}") from None
-
-    def embed(texts: Sequence[str]) -> Floats:
-        vectors = loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-        return np.asarray(vectors, dtype=np.float32)
-
-    return embed
 
 
 def choose_tasks(candidates: Sequence[Task], new: Sequence[Task], embed: Embed, config: CoresetConfig) -> list[Task]:

@@ -12,19 +12,16 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
 from agentopd.config.decontamination import DecontaminationConfig
 from agentopd.contracts import FloatArray
-from agentopd.errors import ConfigError
+from agentopd.mixture.embedding import Embed
 from agentopd.types import Record, Task
 
-Embed = Callable[[Sequence[str]], FloatArray]
-"""Texts to unit vectors, shape (texts, dimensions)."""
 _CHUNK = 64
 
 
@@ -120,26 +117,6 @@ def words_of(task: Task) -> list[str]:
     public = json.dumps(task.public, ensure_ascii=False, sort_keys=True) if task.public else ""
     text = unicodedata.normalize("NFKC", "\n".join([*prompt, public])).casefold()
     return re.findall(r"\w+|[^\w\s]", text)
-
-
-def sentence_embedder(model: str) -> Embed:
-    """A sentence-transformers model as a function. Raises ``ConfigError`` where it is not installed or not there."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ConfigError(
-            "decontamination.embedding_model needs sentence-transformers: pip install 'agentopd[embeddings]'"
-        ) from None
-    try:
-        loaded: Any = SentenceTransformer(model, device="cpu")
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"decontamination.embedding_model: {model!r} cannot be loaded: {exc}") from None
-
-    def embed(texts: Sequence[str]) -> FloatArray:
-        vectors: FloatArray = loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-        return vectors
-
-    return embed
 
 
 def _numbers(text: Sequence[str]) -> Counter[str]:
