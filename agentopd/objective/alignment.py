@@ -121,13 +121,3 @@ def with_span_slot(
     ours_N, theirs_N = spans_N2.unbind(-1)
     student = torch.cat([student_NK, ours_N[:, None]], dim=-1)
     return student, torch.cat([teacher_NK, torch.where(is_span_N, theirs_N, -torch.inf)[:, None]], dim=-1)
-
-
-def merge_observed(first_V: FloatArray, later: FloatArray) -> FloatArray:
-    """GOLD's merged distribution of a segment (V,): log-probs at its first position plus those of its later tokens.
-
-    Each entry is the log-probability of that token followed by the tokens that were observed; unnormalised, and the
-    identity for a segment of one token. Source: TRL GOLD, strategy ``observed``.
-    """
-    merged: FloatArray = first_V + later.sum(dtype=np.float32)
-    return merged

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agentopd.config.teachers import JudgeConfig
 from agentopd.errors import InfraError
+from agentopd.objective.advantages import rubric_score
 from agentopd.teachers.chat import ChatEndpoint, Question
 from agentopd.types import Verdict, VerdictStatus
 
@@ -53,8 +54,7 @@ class Rubric(BaseModel):
 
     def score(self, met: Sequence[int]) -> float:
         """Weighted share of the criteria that are met."""
-        total = sum(item.weight for item in self.criteria)
-        return sum(item.weight * value for item, value in zip(self.criteria, met, strict=True)) / total
+        return rubric_score([item.weight for item in self.criteria], met)
 
 
 class _Scores(BaseModel):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from agentopd.objective.alignment import (
     Segment,
     align_bytes,
-    merge_observed,
     segment_logprobs,
     shared_ids,
     translate,
@@ -109,9 +108,3 @@ def test_a_span_row_has_one_more_slot_and_is_zero_for_identical_models():
     assert truncated(ours, theirs).abs().item() < 1e-6
     _, other = with_span_slot(student, student, torch.tensor([[-1.2, -3.0]]), several)
     assert truncated(ours, other).item() > 0.01
-
-
-def test_merged_distribution_is_the_identity_for_one_token():
-    first = np.log(np.array([0.7, 0.3], np.float32))
-    np.testing.assert_array_equal(merge_observed(first, np.zeros(0, np.float32)), first)
-    np.testing.assert_allclose(merge_observed(first, np.array([-1.0, -0.5], np.float32)), first - 1.5, rtol=1e-6)
