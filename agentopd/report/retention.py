@@ -8,6 +8,8 @@ from agentopd.evaluation.retention import RetentionMatrix
 from agentopd.evaluation.statistics import Interval
 from agentopd.report.story import signed
 
+_UNKNOWN = ("–", "")
+
 
 @dataclass(frozen=True)
 class HeatCell:
@@ -39,10 +41,10 @@ def heat_rows(matrix: RetentionMatrix) -> list[tuple[str, list[HeatCell]]]:
 def kept_rows(matrix: RetentionMatrix) -> list[tuple[str, list[tuple[str, str]]]]:
     """What became of each skill since it was learned: rows of (text, tone), those with anything to say."""
     kept = [matrix.by_skill[skill] for skill in matrix.skills]
-    rows = [
+    rows: list[tuple[str, list[tuple[str, str]]]] = [
         (
             "change since learned",
-            [_moved(*((x.change.mean, x.change.ci95) if x.change else (None, None))) for x in kept],
+            [_moved(x.change.mean, x.change.ci95) if x.change else _UNKNOWN for x in kept],
         ),
         ("forgetting", [_moved(x.forgetting, x.forgetting_ci95, good=-1) for x in kept]),
         ("verdict", [(x.verdict or "–", {"kept": "up", "broken": "down"}.get(x.verdict or "", "")) for x in kept]),
@@ -52,7 +54,7 @@ def kept_rows(matrix: RetentionMatrix) -> list[tuple[str, list[tuple[str, str]]]
 
 def _moved(value: float | None, interval: Interval | None, good: int = 1) -> tuple[str, str]:
     if value is None:
-        return "–", ""
+        return _UNKNOWN
     if interval is None:
         return signed(100 * value), ""
     low, high = interval
