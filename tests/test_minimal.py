@@ -16,7 +16,8 @@ from agentopd.batching import build_batch
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.contracts import Evidence, ScoredEpisode
-from agentopd.learner.head import head_logprobs, hidden_states, output_head
+from agentopd.learner.body import hidden_states
+from agentopd.learner.head import head_logprobs, output_head
 from agentopd.objective.compose import compute_loss
 from agentopd.objective.streams import Streams
 from agentopd.teachers.local import LocalTeacher

@@ -22,7 +22,8 @@ from agentopd.config.objective import Blocks, ObjectiveConfig
 from agentopd.config.run import LearnerConfig
 from agentopd.errors import ConfigError, InfraError
 from agentopd.learner import runtime
-from agentopd.learner.head import Head, head_logprobs, hidden_states, output_head
+from agentopd.learner.body import hidden_states
+from agentopd.learner.head import Head, head_logprobs, output_head
 from agentopd.learner.schedule import scheduled_rate
 from agentopd.learner.wide_head import wide_logprobs
 from agentopd.objective.compose import compute_loss
