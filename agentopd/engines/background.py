@@ -8,6 +8,8 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_GRACE_S = 5.0
+"""Tasks that are cancelled at the end have this long to clean up."""
 
 
 class BackgroundLoop:
@@ -39,6 +41,15 @@ class BackgroundLoop:
     def close(self) -> None:
         """Stop the loop and its thread; idempotent."""
         if not self.closed:
+            asyncio.run_coroutine_threadsafe(_cancel_the_rest(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+
+async def _cancel_the_rest() -> None:
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest, timeout=_GRACE_S)

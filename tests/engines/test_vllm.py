@@ -98,7 +98,7 @@ def test_greedy_equals_the_in_process_engine(policy, engine):
 
 def test_seeds_reproduce_and_differ(policy, engine):
     (row,) = prompts(policy, 1)
-    asked = requests([row] * 8)
+    asked = requests([row] * 8, temperature=4.0)
     made = generate(engine, asked)
     again = generate(engine, asked)
     assert [x.token_ids for x in again] == [x.token_ids for x in made]
@@ -171,7 +171,7 @@ def moved(policy: Any, engine: VLLMEngine) -> Iterator[Any]:
 
 
 def test_a_sync_changes_the_samples_and_satisfies_the_canary(policy, engine, moved):
-    asked = requests(prompts(policy))
+    asked = requests(prompts(policy), temperature=4.0)
     before = generate(engine, asked)
     assert largest_gap(moved, asked, before) > 0.01
     found = engine.sync_weights(7)
