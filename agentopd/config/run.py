@@ -118,6 +118,11 @@ class TrackingConfig(Section):
     """What a run writes besides ``metrics.jsonl``."""
 
     tensorboard: bool = False
+    """Under ``RUN/tensorboard``."""
+    wandb: bool = False
+    """Weights & Biases, under ``RUN/wandb``; offline unless ``WANDB_MODE`` says otherwise."""
+    trackio: bool = False
+    """In trackio's own local folder."""
     episodes_per_step: int = Field(4, ge=0)
     """Episodes kept for the report at each step (the first of each skill first)."""
 
