@@ -1,9 +1,9 @@
 """The in-process engine: batched decoding of a Hugging Face causal model that the learner owns.
 
 Prompts are packed for the prefill, every shared beginning (the copies of a group, a common system message) once, and
-their keys and values then laid out row by row, padded on the right. The last prompt token goes through the decode step, so that the
-prefill needs no logits. Rows that finish leave the batch in bulk. What a turn computed is kept for the episode's next
-one, which then prefills only the tool results in between.
+their keys and values then laid out row by row, padded on the right. The last prompt token goes through the decode step,
+so that the prefill needs no logits. Rows that finish leave the batch in bulk. What a turn computed is kept for the
+episode's next one, which then prefills only the tool results in between.
 
 Shapes: B rows, U distinct prompts, L padded length of the tokens to prefill, T cache columns, V vocabulary.
 """
