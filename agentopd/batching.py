@@ -40,7 +40,15 @@ COUNTERS = (
 INTEGERS = ("position_N", "turn_N", "skill_N", "segment_N")
 PARTS = ("teacher_part_N", "verifier_part_N", "anchor_part_N", "reference_part_N")
 FLAGS = ("policy_N", "special_N", "span_N", *PARTS)
-FLOATS = ("rollout_logprobs_N", "teacher_logprobs_N", "ref_logprobs_N", "overlap_N", "advantage_N", "sigma_N")
+FLOATS = (
+    "rollout_logprobs_N",
+    "teacher_logprobs_N",
+    "ref_logprobs_N",
+    "overlap_N",
+    "advantage_N",
+    "sigma_N",
+    "teacher_rest_N",
+)
 DTYPES = {**dict.fromkeys(INTEGERS, np.int64), **dict.fromkeys(FLAGS, np.bool_), **dict.fromkeys(FLOATS, np.float32)}
 
 Array = npt.NDArray[Any]
@@ -64,6 +72,7 @@ class _Views:
     topk_ids: Array
     topk_logprobs: Array
     hidden: Array
+    rest: Array
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,7 @@ def _row(item: ScoredEpisode, objective: Blocks, token_classes: ClassifyTokens, 
         "rollout_logprobs_N": np.array([x for turn in episode.turns for x in turn.rollout_logprobs]),
         "teacher_logprobs_N": views.teacher,
         "ref_logprobs_N": views.ref,
+        "teacher_rest_N": views.rest,
         "overlap_N": views.overlap,
         "advantage_N": np.full(n, advantage),
         "sigma_N": verdict_signs(item, objective),
@@ -252,7 +262,7 @@ def _views(item: ScoredEpisode, objective: Blocks, part: Array, anchored: bool) 
     evidence, n = item.evidence, len(part)
     zeros, no_ids, no_hidden = np.zeros(n), np.zeros((n, 0), np.int64), np.zeros((n, 0), np.float32)
     if evidence is None or (item.anchor and not anchored):
-        return _Views(zeros, zeros, zeros, no_ids, no_hidden, no_hidden)
+        return _Views(zeros, zeros, zeros, no_ids, no_hidden, no_hidden, zeros)
     who = f"teacher {evidence.teacher!r} on episode {item.episode.id!r}"
     teacher = _finite(evidence.teacher_logprobs, part, who) if part.any() else zeros
     ids, topk, shared = no_ids, no_hidden, zeros
@@ -265,11 +275,12 @@ def _views(item: ScoredEpisode, objective: Blocks, part: Array, anchored: bool) 
         if isinstance(objective.divergence, CandidatesPG):
             ids, topk = candidate_table((ids, topk), chosen, objective.divergence.support)
     hidden = no_hidden
-    if objective.needs_full_vocabulary and objective.alignment.kind == "same" and part.any():
+    if objective.needs_full_vocabulary and part.any():
         if evidence.hidden is None or len(evidence.hidden) != n:
             raise TeacherError(f"{who}: whole distributions are compared, and it gave no hidden states for {n} tokens")
         hidden = evidence.hidden
-    return _Views(teacher, _reference(evidence, objective, n, item), shared, ids, topk, hidden)
+    rest = zeros if evidence.rest_logprobs is None else _finite(evidence.rest_logprobs, part, who)
+    return _Views(teacher, _reference(evidence, objective, n, item), shared, ids, topk, hidden, rest)
 
 
 def _reference(evidence: Evidence, objective: Blocks, n: int, item: ScoredEpisode) -> Array:

@@ -134,7 +134,7 @@ class Run:
         _seed_everything(config)
         skills = load_skills(config.suite)
         policy = build_policy(config.model.student, config.model.dtype, config.rollout)
-        judge = Judge(skills.values(), build_sandbox(config.sandbox))
+        judge = Judge(skills.values(), build_sandbox(config.sandbox, skills.values()))
         teachers = build_teachers(config, policy, skills, judge, root)
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
         model = config.decontamination.embedding_model

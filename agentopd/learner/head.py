@@ -27,6 +27,8 @@ class Head(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+    student_ids: Tensor | None = None
+    """A teacher's with another tokenizer: for each id the student's that stands for the same, or -1 (V,)."""
 
 
 def output_head(model: Any, vocab_size: int | None = None) -> Head:
