@@ -48,7 +48,7 @@ def _solver(env_cls: Any, sandbox: Sandbox | None) -> Any:
     from inspect_ai.model import get_model
     from inspect_ai.solver import solver
 
-    @solver(name="agentopd_episode")
+    @solver(name="agentopd_episode")  # type: ignore[untyped-decorator]
     def play() -> Any:
         async def solve(state: Any, generate: Any) -> Any:
             task = Task.model_validate(state.metadata["task"])
@@ -75,7 +75,7 @@ def _solver(env_cls: Any, sandbox: Sandbox | None) -> Any:
 def _scorer() -> Any:
     from inspect_ai.scorer import Score, mean, scorer, stderr
 
-    @scorer(metrics=[mean(), stderr()], name="agentopd_verdict")
+    @scorer(metrics=[mean(), stderr()], name="agentopd_verdict")  # type: ignore[untyped-decorator]
     def judge() -> Any:
         async def score(state: Any, target: Any) -> Any:
             verdict = Verdict.model_validate(state.store.get("verdict"))
