@@ -93,21 +93,29 @@ def test_what_is_more_than_tool_calls_is_not_exported(env):
 @pytest.mark.parametrize("env", ["tool_use", "math"])
 def test_inspect_evaluates_gold_and_nothing(env, tmp_path):
     inspect_ai = pytest.importorskip("inspect_ai", reason="the extra `inspect` is not installed")
-    from inspect_ai.model import ChatCompletionChoice, ChatMessageAssistant, ModelOutput, get_model
+    from inspect_ai.model import ChatCompletionChoice, ChatMessageAssistant, ModelOutput, ModelUsage, get_model
     from inspect_ai.tool import ToolCall
 
+    def says(content, calls=()):
+        made = [ToolCall(id=f"c{index}", function=call.name, arguments=call.arguments)
+                for index, call in enumerate(calls)]  # fmt: skip
+        message = ChatMessageAssistant(content=content, tool_calls=made or None)
+        # Usage is given, or the mock would count tokens with an encoding that it has to download.
+        return ModelOutput(model="mock", choices=[ChatCompletionChoice(message=message)], usage=ModelUsage())
+
     task = to_inspect(env, limit=3)
-    gold = {sample.id: Task.model_validate(sample.metadata["task"]).privileged.trajectory for sample in task.dataset}
-    turns = iter([turn for sample in task.dataset for turn in gold[sample.id]])
+    gold = [Task.model_validate(sample.metadata["task"]).privileged.trajectory for sample in task.dataset]
+    turns = iter([turn for trajectory in gold for turn in trajectory])
 
-    def answer(messages, tools, choice, config):
+    def solve(messages, tools, choice, config):
         turn = next(turns)
-        calls = [ToolCall(id=f"c{index}", function=call.name, arguments=call.arguments)
-                 for index, call in enumerate(turn.tool_calls)]  # fmt: skip
-        message = ChatMessageAssistant(content=turn.content, tool_calls=calls or None)
-        return ModelOutput(model="mock", choices=[ChatCompletionChoice(message=message)])
+        return says(turn.content, turn.tool_calls)
 
-    for model, wanted in ((get_model("mockllm/model", custom_outputs=answer), 1.0), ("mockllm/model", 0.0)):
+    def give_up(messages, tools, choice, config):
+        return says("I do not know.")
+
+    for policy, wanted in ((solve, 1.0), (give_up, 0.0)):
+        model = get_model("mockllm/model", custom_outputs=policy, memoize=False)
         (log,) = inspect_ai.eval(task, model=model, max_samples=1, log_dir=str(tmp_path), display="none")
         assert log.status == "success", log.error
         assert [sample.scores["agentopd_verdict"].value for sample in log.samples] == [wanted] * 3
