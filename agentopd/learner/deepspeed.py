@@ -22,11 +22,12 @@ from agentopd.config.objective import Blocks, ObjectiveConfig
 from agentopd.config.run import LearnerConfig
 from agentopd.errors import ConfigError, InfraError
 from agentopd.learner import runtime
-from agentopd.learner.head import Head, head_logprobs, hidden_states, output_head
+from agentopd.learner.body import hidden_states
+from agentopd.learner.head import Head, head_logprobs, output_head
 from agentopd.learner.schedule import scheduled_rate
 from agentopd.learner.wide_head import wide_logprobs
 from agentopd.objective.compose import compute_loss
-from agentopd.objective.guidance import phi_sums
+from agentopd.objective.guidance import Guidance, phi_sums, teacher_guidance
 from agentopd.objective.metrics import Sums, add_sums, means
 from agentopd.objective.microbatches import deal_rows, split_micro_batches
 from agentopd.objective.phi import mean_of
@@ -120,6 +121,21 @@ class DeepSpeedLearner:
                 break
         self.steps_done += 1
         return {**batch.metrics, **metrics, "learner/lr": rate, "learner/passes": float(passes)}
+
+    @torch.no_grad()
+    def inspect(self, batch: Batch) -> list[tuple[Tensor, Guidance | None]]:
+        """Of each row, the student's log-probs (N,) and the teacher term as ``step`` would see them; changes nothing.
+
+        Runs on this rank alone. Where phi is on, its mean is the row's own, not the batch's.
+        """
+        blocks = self.objective.at(self.progress)
+        found: list[tuple[Tensor, Guidance | None]] = []
+        for row in range(batch.num_rows):
+            micro = batch.select_rows([row]).to(self.device)
+            streams = _streams(micro, self._engine.module(micro, blocks))
+            guidance = teacher_guidance(streams, blocks) if blocks.needs_teacher else None
+            found.append((streams.logprobs_N, guidance))
+        return found
 
     def save(self, directory: str | Path) -> None:
         """Write weights, fp32 masters, optimiser state, schedule position and random states."""

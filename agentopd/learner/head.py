@@ -27,6 +27,8 @@ class Head(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+    student_ids: Tensor | None = None
+    """A teacher's with another tokenizer: for each id the student's that stands for the same, or -1 (V,)."""
 
 
 def output_head(model: Any, vocab_size: int | None = None) -> Head:
@@ -40,15 +42,6 @@ def output_head(model: Any, vocab_size: int | None = None) -> Head:
     layer = model.get_output_embeddings()
     bias = getattr(layer, "bias", None)
     return Head(layer.weight[:vocab_size], None if bias is None else bias[:vocab_size])
-
-
-def hidden_states(model: Any, input_ids_BT: Tensor, row_N: Tensor, position_N: Tensor) -> Tensor:
-    """Hidden states (N, H) that predict the tokens at ``position_N`` of rows ``row_N``.
-
-    Rows are right-padded: under causal attention padding cannot reach a token before it, so no mask is needed.
-    """
-    hidden_BTH: Tensor = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-    return hidden_BTH[row_N, position_N - 1]
 
 
 def head_logprobs(

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 from agentopd.config.run import LearnerConfig
 from agentopd.errors import ConfigError, InfraError
+from agentopd.learner.body import hidden_states
 from agentopd.learner.deepspeed import DeepSpeedLearner
-from agentopd.learner.head import head_logprobs, hidden_states, output_head
+from agentopd.learner.head import head_logprobs, output_head
 from agentopd.objective.compose import compute_loss
 from agentopd.objective.streams import Streams
 
@@ -156,6 +157,19 @@ def test_a_loss_that_is_not_finite_is_a_fault_and_leaves_the_weights(learner, ma
     with pytest.raises(InfraError, match="not finite"):
         trained.step(replace(batch, advantage_N=batch.advantage_N * torch.nan))
     assert all(torch.equal(weights(trained)[name], weight) for name, weight in before.items())
+
+
+def test_what_is_inspected_is_what_the_step_uses_and_changes_nothing(learner, make_batch):
+    one, batch = learner(), make_batch()
+    before = weights(one)
+    found = one.inspect(batch)
+    assert_close(weights(one), before)
+    metrics = one.step(batch)
+    guidance = [teacher_term for _, teacher_term in found]
+    weight_N, part_N = (torch.cat([getattr(g, name) for g in guidance]) for name in ("weight_N", "part_N"))
+    assert metrics["distill/weight"] == pytest.approx(weight_N[part_N].mean().item(), rel=1e-5)
+    logprobs_N = torch.cat([logprobs for logprobs, _ in found])
+    assert metrics["student/nll"] == pytest.approx(-logprobs_N.mean().item(), rel=1e-5)
 
 
 def test_metrics_name_the_skills(learner, make_batch):

@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from agentopd.errors import ConfigError
-from agentopd.learner.head import Head, head_logprobs, head_topk, hidden_states, output_head
+from agentopd.learner.body import hidden_states
+from agentopd.learner.head import Head, head_logprobs, head_topk, output_head
 
 
 def inputs(bias, n=11):

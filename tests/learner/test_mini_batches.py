@@ -5,8 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from agentopd.config.run import LearnerConfig
+from agentopd.learner.body import hidden_states
 from agentopd.learner.deepspeed import DeepSpeedLearner
-from agentopd.learner.head import head_logprobs, hidden_states, output_head
+from agentopd.learner.head import head_logprobs, output_head
 from agentopd.objective.compose import compute_loss
 from agentopd.objective.microbatches import deal_rows
 from agentopd.objective.streams import Streams

@@ -12,7 +12,8 @@ from agentopd.config.presets import PRESETS
 from agentopd.errors import ConfigError
 from agentopd.learner.head import Head
 from agentopd.learner.wide_head import wide_logprobs
-from agentopd.objective.divergences import full_divergence
+from agentopd.objective.divergences import full_divergence, kernel
+from agentopd.objective.gold import gold_divergence, rest_logprobs
 
 N, H, G, V = 11, 8, 6, 20
 
@@ -82,5 +83,28 @@ def test_a_teacher_that_is_not_here_is_named(batch):
         wide_logprobs(hidden, head, batch, whole("full_rkl"), teachers)
 
 
-def test_only_gkd_asks_for_whole_distributions():
-    assert [name for name in PRESETS if resolve_objective(name).needs_full_vocabulary] == ["gkd"]
+def test_which_presets_ask_for_whole_distributions():
+    assert [name for name in PRESETS if resolve_objective(name).needs_full_vocabulary] == ["gkd", "gold_opd"]
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_merged_distributions_do_not_depend_on_chunks(batch, chunk):
+    hidden, head, teachers = inputs(batch)
+    table = torch.arange(V - 2).flip(0)
+    teachers["y"] = teachers["y"]._replace(student_ids=table)
+    n = batch.num_tokens
+    batch = replace(batch, segment_N=torch.arange(n) // 2, teacher_rest_N=-torch.rand(n))
+    config = ObjectiveConfig.model_validate(PRESETS["gold_opd"])
+    found = wide_logprobs(hidden, head, batch, config, teachers, chunk)
+    log_p = (hidden @ head.weight.T).log_softmax(-1)
+    own = log_p.gather(1, batch.target_N[:, None])[:, 0]
+    rest = rest_logprobs(own, batch.row_N, batch.segment_N)
+    assert (rest < 0).any()
+    for index, (name, ids) in enumerate((("x", None), ("y", table))):
+        width = teachers[name].weight.shape[1]
+        log_q = (batch.teacher_hidden_NG[:, :width] @ teachers[name].weight.T).log_softmax(-1)
+        merged = (log_p + rest[:, None], log_q + batch.teacher_rest_N[:, None])
+        mine = batch.teacher_N == index
+        assert_close(found.divergence_N[mine], gold_divergence(*merged, ids, kernel(config.divergence))[mine])
+    expected = torch.autograd.grad(found.divergence_N.sum(), head.weight)[0]
+    assert expected.abs().sum() > 0
