@@ -72,6 +72,8 @@ async def train_step(run: Run) -> str:
         mine = drawn[runtime.rank() :: runtime.world_size()]
         (own, others), beside = await collect(run, mine), await collect_beside(run, mine)
         judged = [*own, *others]
+        verdicts = run.judge.compare(judged, tasks)
+        judged = [(episode, verdict) for (episode, _), verdict in zip(judged, verdicts, strict=True)]
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)
         scored, anchors = await score(run, rewarded, tasks), await score(run, beside, tasks, anchor=True)
