@@ -71,6 +71,8 @@ async def train_step(run: Run) -> Seen:
         own, others = await collect(run, mine)
         beside = await collect_beside(run, mine, own)
         judged = [*own, *others]
+        verdicts = run.judge.compare(judged, tasks)
+        judged = [(episode, verdict) for (episode, _), verdict in zip(judged, verdicts, strict=True)]
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)
         scored, anchors = await score(run, rewarded, tasks), await score(run, beside, tasks, anchor=True)
