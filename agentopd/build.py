@@ -11,8 +11,8 @@ from itertools import islice
 from typing import Any
 
 from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
-from agentopd.contracts import Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
-from agentopd.engines import HFEngine
+from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
+from agentopd.engines import HFEngine, VLLMEngine
 from agentopd.errors import ConfigError
 from agentopd.models import load_model, load_tokenizer
 from agentopd.objective.masks import ClassifyTokens, TokenClasses
@@ -160,7 +160,9 @@ class Policy:
     tokenizer: Any
     codec: ToolCodec
     renderer: ChatRenderer
-    engine: HFEngine
+    engine: Engine
+    batch_size: int = 256
+    """Sequences that an engine in this process decodes at once."""
 
     def classify(self, segments: bool = False) -> ClassifyTokens:
         """Token classes for the objective: role and end-of-turn markers, tool-call spans, and ends of sentences.
@@ -187,7 +189,7 @@ class Policy:
 
     def acting_as(self, model: Any) -> Policy:
         """The same voice with another model: a teacher that is to be measured on the student's tasks."""
-        engine = HFEngine(model, batch_size=self.engine.batch_size)
+        engine = HFEngine(model, batch_size=self.batch_size)
         return replace(self, model=model, engine=engine)
 
 
@@ -202,5 +204,11 @@ def build_policy(model_name: str, dtype: str, config: RolloutConfig) -> Policy:
             f"model {model_name!r} has {model.get_input_embeddings().num_embeddings} embeddings but its tokenizer "
             f"{len(tokenizer)} tokens; resize the embeddings or fix the tokenizer"
         )
-    engine = HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)
-    return Policy(model, tokenizer, codec, renderer, engine)
+    return Policy(model, tokenizer, codec, renderer, build_engine(model, config), config.batch_size)
+
+
+def build_engine(model: Any, config: RolloutConfig) -> Engine:
+    """The configured engine, sampling from ``model``. Raises ``ConfigError`` where it is not installed."""
+    if config.engine == "vllm":
+        return VLLMEngine(model, config.vllm)
+    return HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)
