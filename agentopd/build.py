@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
 from typing import Any
 
 from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
-from agentopd.contracts import Environment, Sandbox, SandboxLimits, Verifier
-from agentopd.engines import HFEngine
+from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
+from agentopd.engines import HFEngine, VLLMEngine
 from agentopd.errors import ConfigError
 from agentopd.models import load_model, load_tokenizer
 from agentopd.objective.masks import ClassifyTokens, TokenClasses
@@ -105,6 +106,24 @@ class Judge:
         verifier = self.verifier(episode.skill, task)
         return await judge(task, episode, verifier, self.sandbox if verifier.needs_sandbox else None)
 
+    def compare(self, judged: Sequence[tuple[Episode, Verdict]], tasks: Mapping[str, Task]) -> list[Verdict]:
+        """The verdicts, in order, each group's set against one another where its verifier does that.
+
+        ``tasks`` leads from a task's hash to the task.
+        """
+        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for index, (episode, _) in enumerate(judged):
+            groups[episode.group_id or episode.id, episode.task_hash].append(index)
+        verdicts = [verdict for _, verdict in judged]
+        for (_, task_hash), members in groups.items():
+            task, skill = tasks[task_hash], judged[members[0]][0].skill
+            verifier = self.verifier(skill, task)
+            if isinstance(verifier, GroupVerifier):
+                compared = verifier.compare(task, [verdicts[index] for index in members])
+                for index, verdict in zip(members, compared, strict=True):
+                    verdicts[index] = verdict
+        return verdicts
+
     async def start(self, samples: Iterable[tuple[str, Task]]) -> None:
         """Start the sandbox if any sample's verifier needs it, so that a missing one stops the run at once."""
         if any(self.verifier(skill, task).needs_sandbox for skill, task in samples):
@@ -141,7 +160,9 @@ class Policy:
     tokenizer: Any
     codec: ToolCodec
     renderer: ChatRenderer
-    engine: HFEngine
+    engine: Engine
+    batch_size: int = 256
+    """Sequences that an engine in this process decodes at once."""
 
     def classify(self, segments: bool = False) -> ClassifyTokens:
         """Token classes for the objective: role and end-of-turn markers, tool-call spans, and ends of sentences.
@@ -168,7 +189,7 @@ class Policy:
 
     def acting_as(self, model: Any) -> Policy:
         """The same voice with another model: a teacher that is to be measured on the student's tasks."""
-        engine = HFEngine(model, batch_size=self.engine.batch_size)
+        engine = HFEngine(model, batch_size=self.batch_size)
         return replace(self, model=model, engine=engine)
 
 
@@ -183,5 +204,11 @@ def build_policy(model_name: str, dtype: str, config: RolloutConfig) -> Policy:
             f"model {model_name!r} has {model.get_input_embeddings().num_embeddings} embeddings but its tokenizer "
             f"{len(tokenizer)} tokens; resize the embeddings or fix the tokenizer"
         )
-    engine = HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)
-    return Policy(model, tokenizer, codec, renderer, engine)
+    return Policy(model, tokenizer, codec, renderer, build_engine(model, config), config.batch_size)
+
+
+def build_engine(model: Any, config: RolloutConfig) -> Engine:
+    """The configured engine, sampling from ``model``. Raises ``ConfigError`` where it is not installed."""
+    if config.engine == "vllm":
+        return VLLMEngine(model, config.vllm)
+    return HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)

@@ -71,6 +71,9 @@ async def train_step(run: Run) -> Seen:
         own, others = await collect(run, mine)
         beside = await collect_beside(run, mine, own)
         judged = [*own, *others]
+        verdicts = run.judge.compare(judged, tasks)
+        judged = [(episode, verdict) for (episode, _), verdict in zip(judged, verdicts, strict=True)]
+    run.policy.engine.sleep()
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)
         scored, anchors = await score(run, rewarded, tasks), await score(run, beside, tasks, anchor=True)
@@ -83,8 +86,9 @@ async def train_step(run: Run) -> Seen:
     measured = others if blocks.source.kind in ("gold", "teacher") else own
     replayed = {f"replay/share/{name}": shares[name] for name in sorted(run.old_skills)}
     run.step += 1
-    run.policy.engine.sync_weights(run.step)
-    metrics = {**step_metrics(measured), **cost_metrics(scored), **replayed, **learned, **clock.metrics()}
+    with clock.phase("sync"):
+        synced = run.policy.engine.sync_weights(run.step)
+    metrics = {**step_metrics(measured), **cost_metrics(scored), **replayed, **learned, **synced, **clock.metrics()}
     run.log(metrics)
     if run.directory is not None:
         run.directory.keep_episodes(run.step, kept)

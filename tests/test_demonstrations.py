@@ -32,6 +32,9 @@ class ScriptedEngine:
         return [Generation(self.ids, (-0.5,) * len(self.ids), "stop") for _ in requests]
 
     def sync_weights(self, version):
+        return {}
+
+    def sleep(self):
         pass
 
     async def aclose(self):

@@ -62,7 +62,7 @@ def _inputs(blocks: Blocks) -> Iterator[str]:
     if source in ("mixed", "offline") and anchor.kind != "none":
         yield f"source {source!r} takes no anchor: leave it out"
     if source == "offline" and (divergence != "sampled_pg" or blocks.verifier.kind not in ("none", "absolute")):
-        yield "source 'offline' stores one rollout a prompt with sampled log-probs: it needs divergence 'sampled_pg'"
+        yield "source 'offline' stores log-probs of the sampled tokens: it needs divergence 'sampled_pg', and no group"
     if blocks.alignment.kind != "same":
         yield from _across(blocks)
         if blocks.router.kind != "uniform" or blocks.weights != Weights() or blocks.needs_reference:

@@ -8,10 +8,11 @@ from pydantic import Field, model_validator
 
 from agentopd.config.base import Section
 from agentopd.config.decontamination import DecontaminationConfig
+from agentopd.config.engines import EngineKind, VLLMConfig
 from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
 from agentopd.config.retention import GuardConfig, ReplayConfig, StageConfig
 from agentopd.config.suite import SkillConfig, SuiteConfig
-from agentopd.config.teachers import AnyTeacherConfig, ChatTeacherConfig, Dtype, JudgeConfig
+from agentopd.config.teachers import AnyTeacherConfig, Dtype, JudgeConfig, ServedTeacherConfig, TeacherConfig
 
 __all__ = ["GuardConfig", "ReplayConfig", "RunConfig", "SkillConfig", "StageConfig", "SuiteConfig"]
 
@@ -27,18 +28,30 @@ class ModelConfig(Section):
 class RolloutConfig(Section):
     """How episodes are sampled."""
 
-    engine: Literal["hf"] = "hf"
+    engine: EngineKind = "hf"
+    """``hf`` samples in this process, ``vllm`` in one beside it."""
+    vllm: VLLMConfig = VLLMConfig()
+    """Of ``vllm`` alone."""
     group_size: int = Field(4, ge=1)
-    """Episodes per prompt."""
+    """Episodes per prompt, whoever plays them. Gold is played once: copies of one trajectory weigh as much as one."""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     batch_size: int = Field(256, ge=1)
-    """Sequences decoded at once by the in-process engine."""
+    """Sequences decoded at once; of ``hf`` alone."""
     turn_cache_mb: int = Field(1024, ge=0)
-    """Memory for keys and values kept between the turns of an episode; 0 prefills the whole prompt every turn."""
+    """Memory for keys and values kept between the turns of an episode; 0 prefills the whole prompt every
+    turn. Of ``hf`` alone."""
     codec: str = "hermes_json"
     max_malformed: int = Field(3, ge=1)
     """Malformed tool calls that end an episode."""
+
+    @model_validator(mode="after")
+    def _keys_are_the_engines(self) -> RolloutConfig:
+        of_engine = {"batch_size": "hf", "turn_cache_mb": "hf", "vllm": "vllm"}
+        for key, engine in of_engine.items():
+            if engine != self.engine and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect on engine {self.engine!r}: leave it out, or use {engine!r}")
+        return self
 
 
 class TrainConfig(Section):
@@ -207,14 +220,24 @@ class RunConfig(Section):
             )
             idle = "[judge] grades by rubrics, and this objective has none: leave it out"
             raise ValueError(lacking if self.judge is None else idle)
-        for name, teacher in self.teachers.items():
-            if isinstance(teacher, ChatTeacherConfig):
-                continue
-            if teacher.context != "student" and not any(
-                blocks.needs_teacher for blocks in self.objective.every_stage()
-            ):
-                raise ValueError(f"teachers.{name}.context changes what is scored, and this objective scores nothing")
+        self._views_have_effect()
         return self
+
+    def _views_have_effect(self) -> None:
+        """What a teacher is shown matters where it scores; where it acts, it is shown what the student would be."""
+        stages = list(self.objective.every_stage())
+        for name, teacher in self.teachers.items():
+            if not isinstance(teacher, TeacherConfig):
+                continue
+            moved = {"context": teacher.context != "student", "misread_share": teacher.misread_share > 0}
+            for key in (key for key, is_moved in moved.items() if is_moved):
+                if not any(blocks.needs_teacher for blocks in stages):
+                    raise ValueError(f"teachers.{name}.{key} changes what is scored, and this objective scores nothing")
+            if moved["misread_share"] and any(blocks.needs_teacher_rollouts for blocks in stages):
+                raise ValueError(
+                    f"teachers.{name}.misread_share does not reach the teacher's own rollouts, which this objective "
+                    "trains on: set source 'student' and anchor 'none'"
+                )
 
     def _rollouts_can_be_stored(self, blocks: Blocks) -> None:
         """Stored rollouts are made once: the tasks must be finite, and nothing may depend on the current student."""
@@ -256,6 +279,12 @@ class RunConfig(Section):
                 raise ValueError(
                     f"objective {self.objective.preset!r} needs a teacher that gives {needed!r}; "
                     f"the one of skill {skill.name!r} gives {teacher.access!r} only"
+                )
+            acts = blocks.needs_teacher_rollouts or blocks.alignment.kind != "same"
+            if isinstance(teacher, ServedTeacherConfig) and acts:
+                raise ValueError(
+                    f"objective {self.objective.preset!r} needs a teacher that acts, or one with a tokenizer of its "
+                    f"own; the one of skill {skill.name!r} is served, and only scores: use kind = 'hf'"
                 )
             reads_base = blocks.needs_reference and blocks.reference.policy == "teacher_base"
             if reads_base and getattr(teacher, "base", None) is None:

@@ -1,9 +1,9 @@
 """The in-process engine: batched decoding of a Hugging Face causal model that the learner owns.
 
 Prompts are packed for the prefill, every shared beginning (the copies of a group, a common system message) once, and
-their keys and values then laid out row by row, padded on the right. The last prompt token goes through the decode step,
-so that the prefill needs no logits. Rows that finish leave the batch in bulk. What a turn computed is kept for the
-episode's next one, which then prefills only the tool results in between.
+their keys and values then laid out row by row, padded on the right. The last prompt token goes through the decode
+step, so that the prefill needs no logits. Rows that finish leave the batch in bulk. What a turn computed is kept for
+the episode's next one, which then prefills only the tool results in between.
 
 Shapes: B rows, U distinct prompts, L padded length of the tokens to prefill, T cache columns, V vocabulary.
 """
@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ import torch
 from agentopd.attention import ATTENTION
 from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines.cache import TurnCache, empty_cache, load_rows, read_row
+from agentopd.engines.requests import check_finite, check_fits
 from agentopd.engines.sampling import UniformStreams, sample
 from agentopd.errors import EngineError, boundary
 from agentopd.learner.body import packed_states, packs
@@ -62,7 +63,7 @@ class HFEngine:
     def generate_now(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """``generate`` for callers without an event loop."""
         for request in requests:
-            self._check(request)
+            check_fits(request, self.max_context)
         results: list[Generation | None] = [None] * len(requests)
         with boundary(EngineError, "generating"), _decoding(self.model):
             for rows in self._chunks(requests):
@@ -70,21 +71,19 @@ class HFEngine:
                     results[row] = generation
         return [result for result in results if result is not None]
 
-    def sync_weights(self, version: int) -> None:
+    def sync_weights(self, version: int) -> dict[str, float]:
         """Nothing to copy; from here on generations carry ``version``, and nothing computed before it is used."""
         self.weight_version = version
+        self.turns.clear()
+        return {}
+
+    def sleep(self) -> None:
+        """Forget what was kept between turns."""
         self.turns.clear()
 
     async def aclose(self) -> None:
         """Stop the worker thread."""
         self._worker.shutdown(wait=True)
-
-    def _check(self, request: GenerationRequest) -> None:
-        length, room = len(request.token_ids), request.params.max_tokens
-        if length == 0 or room < 1 or length + room > self.max_context:
-            raise EngineError(
-                f"a request of {length} tokens plus max_tokens={room} does not fit a context of {self.max_context}"
-            )
 
     def _chunks(self, requests: Sequence[GenerationRequest]) -> Iterator[list[int]]:
         """Indices of requests that decode together: one sampling distribution, similar lengths, a fixed order."""
@@ -157,8 +156,7 @@ class _Batch:
     def results(self, weight_version: int) -> list[Generation]:
         """What was sampled, in the order of the requests."""
         self._keep(range(len(self.rows)))
-        if not all(math.isfinite(value) for row in self.logprobs for value in row):
-            raise EngineError("a sampled token has a non-finite log-prob: the weights are broken (NaN or infinite)")
+        check_finite(chain.from_iterable(self.logprobs))
         return [
             Generation(tuple(ids), tuple(logprobs), "stop" if stopped else "length", weight_version)
             for ids, logprobs, stopped in zip(self.sampled, self.logprobs, self.stopped, strict=True)

@@ -78,7 +78,7 @@ def wide_logprobs(
             other = logits_of(hidden[:, :width].to(teacher_head.weight.dtype), teacher_head)
         if not isinstance(objective.alignment, GOLD):
             return full_divergence(logits, other, objective.divergence)
-        ours, theirs = (x.log_softmax(-1) + r for x, r in zip((logits, other), rest.split(1, dim=1), strict=True))
+        ours, theirs = logits.log_softmax(-1) + rest[:, :1], other.log_softmax(-1) + rest[:, 1:]
         weight = objective.alignment.matched_weight
         return gold_divergence(ours, theirs, teacher_head.student_ids, kernel(objective.divergence), weight)
 
