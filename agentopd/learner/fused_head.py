@@ -82,17 +82,24 @@ class FusedHead:
         """The loss (scalar); its gradients are written into ``into``."""
         losses = []
         for start, stop in self._groups():
-            if stop - start <= self.chunk:
-                only = self._at(hidden_NH, start, stop)
-                loss, slopes = _slopes(start, stop, only.streams(self._objective.needs_entropy), loss_of)
-                into.add(start, hidden_NH[start:stop], only.into_gradient(slopes))
-            else:
-                loss, slopes = _slopes(start, stop, self._streams(hidden_NH, start, stop), loss_of)
-                for a, b in _cuts(start, stop, self.chunk):
-                    cut = [None if slope is None else slope[a - start : b - start] for slope in slopes]
-                    into.add(a, hidden_NH[a:b], self._at(hidden_NH, a, b).into_gradient(cut))
-            losses.append(loss)
+            fits = stop - start <= self.chunk
+            losses.append((self._once if fits else self._twice)(hidden_NH, start, stop, loss_of, into))
         return torch.stack(losses).sum()
+
+    def _once(self, hidden_NH: Tensor, start: int, stop: int, loss_of: LossOf, into: _Gradients) -> Tensor:
+        """The loss of a group that fits a chunk."""
+        chunk = self._at(hidden_NH, start, stop)
+        loss, slopes = _slopes(start, stop, chunk.streams(self._objective.needs_entropy), loss_of)
+        into.add(start, hidden_NH[start:stop], chunk.into_gradient(slopes))
+        return loss
+
+    def _twice(self, hidden_NH: Tensor, start: int, stop: int, loss_of: LossOf, into: _Gradients) -> Tensor:
+        """The loss of a group that does not: its streams first, and the logits again for the gradient."""
+        loss, slopes = _slopes(start, stop, self._streams(hidden_NH, start, stop), loss_of)
+        for a, b in _cuts(start, stop, self.chunk):
+            cut = [None if slope is None else slope[a - start : b - start] for slope in slopes]
+            into.add(a, hidden_NH[a:b], self._at(hidden_NH, a, b).into_gradient(cut))
+        return loss
 
     def _streams(self, hidden_NH: Tensor, start: int, stop: int) -> HeadStreams:
         entropy = self._objective.needs_entropy
