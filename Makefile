@@ -8,9 +8,9 @@ TORCH ?= torch==2.13.0
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks
+SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks docs
 
-.PHONY: quickstart install test test-long test-fast check format bench micro certificates clean
+.PHONY: quickstart install test test-long test-fast check format docs bench micro certificates clean
 
 quickstart: install  ## the whole loop on a CPU: train, measure what was kept, write report.html
 	$(BIN)/agentopd train configs/quickstart.toml
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) --upgrade pip
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) "$(TORCH)"
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e ".[dev]" "$(TORCH)"
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e ".[dev,docs]" "$(TORCH)"
 	@touch $(STAMP)
 
 test: install  ## every tier this machine can run; the others say why they were skipped
@@ -43,6 +43,9 @@ check: install  ## format, lint, types, tests
 format: install
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+docs: install  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d site
 
 bench: install  ## ratios with spread, written to benchmarks/results/
 	$(BIN)/python -m benchmarks.run_all

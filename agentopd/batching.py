@@ -30,7 +30,7 @@ from agentopd.objective.suffix import fade_from, margins
 from agentopd.objective.support import overlap
 from agentopd.types import StopReason
 
-__all__ = ["build_batch", "split_micro_batches", "verdict_signs"]
+__all__ = ["build_batch", "mask_reasons", "reason_to_leave_out", "split_micro_batches"]
 
 MASKED = ("masked_special", "masked_repetition", "masked_suffix")
 COUNTERS = (
@@ -40,7 +40,15 @@ COUNTERS = (
 INTEGERS = ("position_N", "turn_N", "skill_N", "segment_N")
 PARTS = ("teacher_part_N", "verifier_part_N", "anchor_part_N", "reference_part_N")
 FLAGS = ("policy_N", "special_N", "span_N", *PARTS)
-FLOATS = ("rollout_logprobs_N", "teacher_logprobs_N", "ref_logprobs_N", "overlap_N", "advantage_N", "sigma_N")
+FLOATS = (
+    "rollout_logprobs_N",
+    "teacher_logprobs_N",
+    "ref_logprobs_N",
+    "overlap_N",
+    "advantage_N",
+    "sigma_N",
+    "teacher_rest_N",
+)
 DTYPES = {**dict.fromkeys(INTEGERS, np.int64), **dict.fromkeys(FLAGS, np.bool_), **dict.fromkeys(FLOATS, np.float32)}
 
 Array = npt.NDArray[Any]
@@ -64,6 +72,7 @@ class _Views:
     topk_ids: Array
     topk_logprobs: Array
     hidden: Array
+    rest: Array
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ def build_batch(
     for item, advantage in zip(scored, advantages, strict=True):
         if item.episode.skill not in shares:
             raise ConfigError(f"episode {item.episode.id!r} has skill {item.episode.skill!r}; shares has: {skills}")
-        left_out = _reason_to_leave_out(item, objective)
+        left_out = reason_to_leave_out(item, objective)
         counts["episodes"] += 1
         counts["unjudged"] += item.verdict.outcome is None
         if left_out:
@@ -135,7 +144,7 @@ def _advantages(scored: Sequence[ScoredEpisode], objective: Blocks) -> list[floa
     return group_advantages(rewards, groups, objective.verifier.normalise_std)
 
 
-def _reason_to_leave_out(item: ScoredEpisode, objective: Blocks) -> str:
+def reason_to_leave_out(item: ScoredEpisode, objective: Blocks) -> str:
     """The counter an episode without any weight goes to; '' where it trains."""
     if item.episode.stop_reason is StopReason.ENV_ERROR:
         return "env_error"
@@ -161,7 +170,10 @@ def _row(item: ScoredEpisode, objective: Blocks, token_classes: ClassifyTokens, 
     n = len(position)
     classes = [token_classes(turn.token_ids) for turn in episode.turns]
     special = np.array([flag for found in classes for flag in found.special], dtype=bool)
-    part, masked = _teacher_part(item, objective, classes, special)
+    reasons = mask_reasons(item, objective, classes)
+    taught = objective.needs_teacher and not item.anchor
+    part = np.array([taught and not reason for reason in reasons], dtype=bool)
+    masked = {f"masked_{reason}": reasons.count(reason) for reason in set(reasons)} if taught else {}
     anchored = objective.anchor.kind != "none" and (item.anchor or objective.source.kind in ("gold", "teacher"))
     segment = _alignment(item, objective, n)
     if segment is not None:  # only a segment's first token is compared
@@ -176,6 +188,7 @@ def _row(item: ScoredEpisode, objective: Blocks, token_classes: ClassifyTokens, 
         "rollout_logprobs_N": np.array([x for turn in episode.turns for x in turn.rollout_logprobs]),
         "teacher_logprobs_N": views.teacher,
         "ref_logprobs_N": views.ref,
+        "teacher_rest_N": views.rest,
         "overlap_N": views.overlap,
         "advantage_N": np.full(n, advantage),
         "sigma_N": verdict_signs(item, objective),
@@ -192,28 +205,27 @@ def _row(item: ScoredEpisode, objective: Blocks, token_classes: ClassifyTokens, 
     return _Row(input_ids, episode.stop_reason.truncated, streams, views, teacher, masked)
 
 
-def _teacher_part(
-    item: ScoredEpisode, objective: Blocks, classes: Sequence[TokenClasses], special: Array
-) -> tuple[Array, dict[str, int]]:
-    """The tokens of the teacher term (n,), and how many each mask took from it."""
-    episode, masks, n = item.episode, objective.masks, len(special)
-    part, masked = np.full(n, objective.needs_teacher and not item.anchor), {}
-    if masks.special_tokens:
-        masked["masked_special"] = int((part & special).sum())
-        part &= ~special
+def mask_reasons(item: ScoredEpisode, objective: Blocks, classes: Sequence[TokenClasses]) -> list[str]:
+    """Which mask keeps each sampled token (n,) from the teacher term, the first that does; '' where none does.
+
+    "special", "tail", "repetition" or "suffix". The entropy mask is the learner's: it needs the student's distribution.
+    """
+    episode, masks = item.episode, objective.masks
+    reasons = ["special" if flag and masks.special_tokens else "" for found in classes for flag in found.special]
+    n = len(reasons)
+
+    def hide(reason: str, start: int) -> None:
+        reasons[start:] = [found or reason for found in reasons[start:]]
+
     if episode.stop_reason.truncated and masks.truncated == "mask_tail":
-        part[n - hidden_tail(n) :] = False
+        hide("tail", n - hidden_tail(n))
     if masks.repetition == "mask":
-        loop = n - looping_tail(episode.turns[-1].token_ids)
-        masked["masked_repetition"] = int(part[loop:].sum())
-        part[loop:] = False
-    if masks.suffix == "bic" and part.any():
+        hide("repetition", n - looping_tail(episode.turns[-1].token_ids))
+    if masks.suffix == "bic" and objective.needs_teacher and not item.anchor and not all(reasons):
         if item.evidence is None or item.evidence.candidate_logprobs is None:
             raise TeacherError(f"episode {episode.id!r}: no teacher log-probs of the student's candidates")
-        fade = fade_from(margins(item.evidence.candidate_logprobs), _segments(classes), masks.suffix_min_keep)
-        masked["masked_suffix"] = int(part[fade:].sum())
-        part[fade:] = False
-    return part, masked
+        hide("suffix", fade_from(margins(item.evidence.candidate_logprobs), _segments(classes), masks.suffix_min_keep))
+    return reasons
 
 
 def _alignment(item: ScoredEpisode, objective: Blocks, n: int) -> Array | None:
@@ -250,7 +262,7 @@ def _views(item: ScoredEpisode, objective: Blocks, part: Array, anchored: bool) 
     evidence, n = item.evidence, len(part)
     zeros, no_ids, no_hidden = np.zeros(n), np.zeros((n, 0), np.int64), np.zeros((n, 0), np.float32)
     if evidence is None or (item.anchor and not anchored):
-        return _Views(zeros, zeros, zeros, no_ids, no_hidden, no_hidden)
+        return _Views(zeros, zeros, zeros, no_ids, no_hidden, no_hidden, zeros)
     who = f"teacher {evidence.teacher!r} on episode {item.episode.id!r}"
     teacher = _finite(evidence.teacher_logprobs, part, who) if part.any() else zeros
     ids, topk, shared = no_ids, no_hidden, zeros
@@ -263,11 +275,12 @@ def _views(item: ScoredEpisode, objective: Blocks, part: Array, anchored: bool) 
         if isinstance(objective.divergence, CandidatesPG):
             ids, topk = candidate_table((ids, topk), chosen, objective.divergence.support)
     hidden = no_hidden
-    if objective.needs_full_vocabulary and objective.alignment.kind == "same" and part.any():
+    if objective.needs_full_vocabulary and part.any():
         if evidence.hidden is None or len(evidence.hidden) != n:
             raise TeacherError(f"{who}: whole distributions are compared, and it gave no hidden states for {n} tokens")
         hidden = evidence.hidden
-    return _Views(teacher, _reference(evidence, objective, n, item), shared, ids, topk, hidden)
+    rest = zeros if evidence.rest_logprobs is None else _finite(evidence.rest_logprobs, part, who)
+    return _Views(teacher, _reference(evidence, objective, n, item), shared, ids, topk, hidden, rest)
 
 
 def _reference(evidence: Evidence, objective: Blocks, n: int, item: ScoredEpisode) -> Array:

@@ -65,10 +65,11 @@ def load_skills(suite: SuiteConfig) -> dict[str, Skill]:
     for config in suite.skills:
         env = environments.get(config.env)
         known = (*getattr(env, "sources", (config.source,)), *datasets.entries())
-        if config.source not in known and ":" not in config.source:
+        accepts = getattr(env, "has_source", known.__contains__)
+        if not accepts(config.source) and config.source not in known:
             raise ConfigError(
                 f"skill {config.name!r}: environment {config.env!r} has no source {config.source!r}; "
-                f"it has: {', '.join(known)}; registered data sets and file.py:loader paths work too"
+                f"it has: {', '.join(known)}; registered data sets, file.py:loader paths and data.toml files work too"
             )
         skills[config.name] = Skill(config, env)
     return skills
@@ -110,14 +111,24 @@ class Judge:
             await self.sandbox.start()
 
 
-def build_sandbox(config: SandboxConfig) -> Sandbox:
-    """The configured sandbox backend, not started."""
+def build_sandbox(config: SandboxConfig, skills: Iterable[Skill] = ()) -> Sandbox:
+    """The configured sandbox backend with the libraries that the environments of ``skills`` ask for, not started."""
     workers = config.workers or os.cpu_count() or 1
     limits = SandboxLimits(wall_s=config.wall_s, cpu_s=config.wall_s, memory_mb=config.memory_mb)
     backend = sandboxes.get(config.backend)
     options = {key: value for key in ("hosts", "runtime") if (value := getattr(config, key))}
-    for key in options.keys() - signature(backend).parameters.keys():
+    known = signature(backend).parameters.keys()
+    for key in options.keys() - known:
         raise ConfigError(f"sandbox.{key} has no effect on the backend {config.backend!r}; leave it out")
+    libraries = {name: skill for skill in skills for name in getattr(skill.env, "libraries", ())}
+    if libraries and "libraries" not in known:
+        name, skill = next(iter(libraries.items()))
+        raise ConfigError(
+            f"skill {skill.name!r} needs the library {name!r} in the sandbox, which the backend {config.backend!r} "
+            "cannot offer; use the jail"
+        )
+    if libraries:
+        options["libraries"] = tuple(libraries)
     sandbox: Sandbox = backend(workers=workers, limits=limits, **options)
     return sandbox
 

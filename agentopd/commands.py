@@ -100,7 +100,7 @@ async def _evaluate(
     skills = load_skills(load_suite(suite_path))
     student = build_policy(model, "auto", RolloutConfig()) if model is not None else None
     tasks = heldout_tasks(skills.values(), options.limit, options.seed)
-    judge = Judge(skills.values(), build_sandbox(SandboxConfig()))
+    judge = Judge(skills.values(), build_sandbox(SandboxConfig(), skills.values()))
     try:
         await judge.start((name, found[0]) for name, found in tasks.items())
         with progress(console, "evaluating", sum(map(len, tasks.values())) * (options.k if student else 1)) as advance:

@@ -282,6 +282,9 @@ class Evidence:
     hidden: FloatArray | None = None
     """A local teacher's last hidden states (N, H), where an objective compares whole distributions."""
     segments: IntArray | None = None
+    rest_logprobs: FloatArray | None = None
+    """With ``segments``, at a segment's first token: the teacher's joint log-prob of its own tokens there after the
+    first (N,); 0 elsewhere."""
 
 
 @runtime_checkable

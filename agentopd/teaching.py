@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from agentopd.build import Judge, Policy, Skill
 from agentopd.config.objective import Blocks
-from agentopd.config.objective_data import OfflineSource
+from agentopd.config.objective_data import OfflineSource, SimCT
 from agentopd.config.run import RunConfig
 from agentopd.config.teachers import ChatTeacherConfig, TeacherConfig
 from agentopd.contracts import Teacher
@@ -59,11 +61,14 @@ class Teachers:
 
     def heads(self) -> dict[str, Head]:
         """Output projections of the local teachers whose whole distributions are compared."""
-        return {
-            key: teacher.head
-            for key, teacher in self.by_key.items()
-            if isinstance(teacher, LocalTeacher) and teacher.keep_hidden
-        }
+        found = {}
+        for key, teacher in self.by_key.items():
+            if isinstance(teacher, LocalTeacher) and teacher.keep_hidden:
+                view, head = self.views.get(key), teacher.head
+                shared = view.shared if isinstance(view, CrossTokenizerView) else None
+                ids = None if shared is None else torch.from_numpy(shared).to(head.weight.device)
+                found[key] = head._replace(student_ids=ids)
+        return found
 
     def _scorers(self) -> list[Teacher]:
         start = [self.start] if self.start is not None else []
@@ -154,7 +159,7 @@ class _Faculty:
     ) -> None:
         self.config, self.policy, self.skills, self.root = config, policy, skills, root
         self.scores = any(blocks.needs_teacher or blocks.top_k for blocks in stages)
-        self.aligned = any(blocks.alignment.kind != "same" for blocks in stages)
+        self.alignment = next((blocks.alignment for blocks in stages if blocks.alignment.kind != "same"), None)
         self.whole = any(blocks.needs_full_vocabulary for blocks in stages)
         self.base = any(blocks.needs_reference and blocks.reference.policy == "teacher_base" for blocks in stages)
         self._start: Any = None
@@ -182,11 +187,12 @@ class _Faculty:
             teachers.texts[key] = ChatEndpoint(chosen, self.root / "answers")
             return
         model, tokenizer = load_model(chosen.model, chosen.dtype), load_tokenizer(chosen.model)
-        if self.aligned:
+        if self.alignment is not None:
             renderer = ChatRenderer(tokenizer, self.policy.codec)
             vocab_size = len(tokenizer)
             actor = replace(self.policy, model=model, tokenizer=tokenizer, renderer=renderer, engine=HFEngine(model))
-            teachers.views[key] = CrossTokenizerView(self._opening(chosen), renderer)
+            project = isinstance(self.alignment, SimCT) and self.alignment.project
+            teachers.views[key] = CrossTokenizerView(self._opening(chosen), renderer, project)
         else:
             check_same_vocabulary(self.policy.tokenizer, tokenizer, key)
             vocab_size, actor = len(self.policy.tokenizer), self.policy.acting_as(model)

@@ -57,17 +57,19 @@ class KeptEpisode(VersionedRecord):
     teacher_logprobs: tuple[float, ...] = ()
     old_logprobs: tuple[float, ...] = ()
     """The learner's, at temperature 1; the inspector falls back to the episode's ``rollout_logprobs``."""
+    agreement: tuple[float, ...] = ()
+    """Verdict against teacher, in [-1, 1]: above 0 consensus, below 0 conflict, 0 where either says nothing."""
     weights: tuple[float, ...] = ()
-    """Weight of the teacher term on each token; 0 where it is masked."""
+    """What the teacher's signal is multiplied by, caps and budgets included; 0 where a token takes no part."""
     mask_reasons: tuple[str, ...] = ()
-    """Why a token is out of the teacher term ("special", "truncated", ...), "" where it is in."""
+    """Why a token is out of the teacher term ("special", "suffix", "no_evidence", ...), "" where it is in."""
 
     @model_validator(mode="after")
     def _aligned(self) -> KeptEpisode:
         total, sampled = len(self.episode.token_ids), self.episode.num_sampled
         if len(self.tokens) != total:
             raise ValueError(f"{len(self.tokens)} token strings for {total} token ids")
-        for name in ("teacher_logprobs", "old_logprobs", "weights", "mask_reasons"):
+        for name in ("teacher_logprobs", "old_logprobs", "agreement", "weights", "mask_reasons"):
             stream = getattr(self, name)
             if stream and len(stream) != sampled:
                 raise ValueError(f"{name} has {len(stream)} entries for {sampled} sampled tokens")
@@ -197,14 +199,21 @@ class RunDirectory:
             with _user_errors(self.path):
                 write_atomic(self.episodes / f"step_{step:06d}.jsonl", lines)
 
-    def kept_episodes(self) -> Iterator[KeptEpisode]:
-        """Every kept episode, by step. Raises ``UserError`` on a line that is not one."""
+    def kept_episodes(self, at_most: int | None = None) -> Iterator[KeptEpisode]:
+        """Every kept episode, by step, or ``at_most`` so many, evenly spaced. Raises ``UserError`` on a bad line."""
+        total = self.num_kept_episodes() if at_most is not None else 0
+        stride = max(1.0, total / at_most) if at_most else 1.0
+        seen, wanted = 0, 0.0
         for _, file in self.episode_files():
-            for number, row in enumerate(read_jsonl(file), start=1):
-                try:
-                    yield KeptEpisode.model_validate(row)
-                except ValidationError as exc:
-                    raise UserError(f"{file}, line {number}: not a kept episode: {exc.errors()[0]['msg']}") from None
+            for number, line in _lines(file):
+                if seen >= wanted:
+                    wanted += stride
+                    yield _kept_episode(file, number, line)
+                seen += 1
+
+    def num_kept_episodes(self) -> int:
+        """How many there are, without reading what they hold."""
+        return sum(file.read_bytes().count(b"\n") for _, file in self.episode_files())
 
     def episode_files(self) -> list[tuple[int, Path]]:
         """The episode files with their steps, in order."""
@@ -290,19 +299,28 @@ def open_tracker(run: RunDirectory, tensorboard: bool = False, from_step: int = 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file. A torn last line is left out; any other bad line is a ``UserError``."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.split("\n")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or number == len(lines):  # what follows the last newline was never finished
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as exc:
-            raise UserError(f"{path}, line {number}: not JSON ({exc.msg}): mend or delete that line") from None
-    return rows
+    return [_object(path, number, line) for number, line in _lines(path)] if path.is_file() else []
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The finished lines of a file with their numbers; what follows the last newline was never finished."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return ((number, line) for number, line in enumerate(lines[:-1], start=1) if line.strip())
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError as exc:
+        raise UserError(f"{path}, line {number}: not JSON ({exc.msg}): mend or delete that line") from None
+    return found
+
+
+def _kept_episode(path: Path, number: int, line: str) -> KeptEpisode:
+    try:
+        return KeptEpisode.model_validate(_object(path, number, line))
+    except ValidationError as exc:
+        raise UserError(f"{path}, line {number}: not a kept episode: {exc.errors()[0]['msg']}") from None
 
 
 def write_atomic(path: Path, text: str) -> None:

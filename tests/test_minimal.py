@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agentopd.batching import build_batch
 from agentopd.config.objective import ObjectiveConfig
@@ -23,6 +22,7 @@ from agentopd.objective.streams import Streams
 from agentopd.teachers.local import LocalTeacher
 from agentopd.types import Episode, StopReason, Turn, Verdict, VerdictStatus
 from tests.plain_head import plain_logprobs
+from tests.tiny import qwen3
 from tests.token_classes import token_classifier
 
 VOCAB, END = 64, 2
@@ -40,19 +40,7 @@ def minimal():
 
 
 def tiny_model(seed, scale=1.0):
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        eos_token_id=END,
-    )
-    model = Qwen3ForCausalLM(config).eval()
+    model = qwen3(VOCAB, seed, max_position_embeddings=128, eos_token_id=END)
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)
     return model

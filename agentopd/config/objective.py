@@ -216,6 +216,8 @@ class ObjectiveConfig(Blocks):
         ends = [stage.until for stage in self.stages]
         if ends != sorted(set(ends)):
             raise ValueError(f"stages must end one after the other; their 'until' are {ends}")
+        if len({blocks.alignment for blocks in self.every_stage() if blocks.needs_teacher}) > 1:
+            raise ValueError("stages that read a teacher must have one alignment: they share the teacher")
         return self
 
     def at(self, progress: float) -> Blocks:

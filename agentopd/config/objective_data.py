@@ -22,6 +22,8 @@ class GoldNLL(Section):
 
     kind: Literal["gold_nll"] = "gold_nll"
     coef: float = Field(1.0, gt=0)
+    prompts: Literal["all", "unsolved"] = "all"
+    """Which of the student's prompts get one: ``unsolved`` are those whose judged rollouts all failed."""
 
 
 class TeacherAnchor(Section):
@@ -126,6 +128,18 @@ class SimCT(Section):
     """The teacher has another tokenizer: ids both have, and the smallest spans that both can write, by byte offset."""
 
     kind: Literal["simct"] = "simct"
+    project: bool = True
+    """Count a teacher token that the student lacks for the student token it begins with; false drops it, as published,
+    and a student that writes just what the teacher writes is then no optimum."""
 
 
-Alignment = Annotated[SameTokenizer | SimCT, Field(discriminator="kind")]
+class GOLD(Section):
+    """The teacher has another tokenizer: whole distributions over segments, merged by byte offset (TRL's GOLD)."""
+
+    kind: Literal["gold"] = "gold"
+    matched_weight: float | None = Field(None, ge=0, le=1)
+    """Weight of the divergence on the ids both have; the sorted rest has what is left of 1. None is the share of the
+    teacher's ids that the student has too."""
+
+
+Alignment = Annotated[SameTokenizer | SimCT | GOLD, Field(discriminator="kind")]

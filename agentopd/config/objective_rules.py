@@ -10,6 +10,7 @@ from agentopd.config.objective_blocks import (
     AsymmetricRouter,
     CalibratedRouter,
     CertificateGate,
+    JensenShannon,
     Masks,
     OutcomeRouter,
     SampledPG,
@@ -17,7 +18,7 @@ from agentopd.config.objective_blocks import (
     TopKReverseKL,
     Weights,
 )
-from agentopd.config.objective_data import GoldNLL, TeacherAnchor
+from agentopd.config.objective_data import GoldNLL, TeacherAnchor, TeacherForwardKL
 
 if TYPE_CHECKING:
     from agentopd.config.objective import Blocks
@@ -63,10 +64,25 @@ def _inputs(blocks: Blocks) -> Iterator[str]:
     if source == "offline" and (divergence != "sampled_pg" or blocks.verifier.kind not in ("none", "absolute")):
         yield "source 'offline' stores one rollout a prompt with sampled log-probs: it needs divergence 'sampled_pg'"
     if blocks.alignment.kind != "same":
-        if not (isinstance(blocks.divergence, TopKReverseKL) and blocks.divergence.tail == "none"):
-            yield f"alignment 'simct' compares shared ids: it needs 'topk_rkl' with tail 'none', not {divergence!r}"
+        yield from _across(blocks)
         if blocks.router.kind != "uniform" or blocks.weights != Weights() or blocks.needs_reference:
             yield f"alignment {blocks.alignment.kind!r} has no margin per token for router, weights or reference"
+
+
+def _across(blocks: Blocks) -> Iterator[str]:
+    """What each alignment of two tokenizers can compare."""
+    divergence = blocks.divergence
+    if blocks.alignment.kind == "simct" and not (isinstance(divergence, TopKReverseKL) and divergence.tail == "none"):
+        yield f"alignment 'simct' compares shared ids: it needs 'topk_rkl' with tail 'none', not {divergence.kind!r}"
+    if blocks.alignment.kind == "gold" and not (
+        isinstance(divergence, JensenShannon) and divergence.top_k is None and 0 < divergence.beta < 1
+    ):
+        yield (
+            "alignment 'gold' compares merged distributions, which are no distributions: it needs 'jsd' over the whole "
+            f"vocabulary with beta inside (0, 1), not {divergence.kind!r}"
+        )
+    if isinstance(blocks.anchor, TeacherForwardKL) or blocks.router.kind == "asymmetric" or blocks.student_top_k:
+        yield f"alignment {blocks.alignment.kind!r} reads no teacher top-K for anchor, router or masks"
 
 
 def _routing(blocks: Blocks) -> Iterator[str]:
@@ -106,6 +122,8 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
     beside = isinstance(blocks.anchor, TeacherAnchor) and _moved(blocks.anchor, "prompt_share", "filter_correct")
     if blocks.source.kind == "teacher" and beside:
         yield "anchor.prompt_share and filter_correct choose rollouts beside the student's; here source decides"
+    if blocks.source.kind == "gold" and isinstance(blocks.anchor, GoldNLL) and _moved(blocks.anchor, "prompts"):
+        yield "anchor.prompts chooses among the student's prompts, and source is 'gold': leave it out"
     if stabiliser.phi == "off" and _moved(stabiliser, "phi_scale", "phi_target"):
         yield "stabiliser.phi_scale and phi_target belong to phi, which is 'off': leave them out"
     if stabiliser.phi != "off" and stabiliser.phi_target != "anchor" and not isinstance(blocks.divergence, SampledPG):

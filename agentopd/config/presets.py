@@ -99,6 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "divergence": {"kind": "topk_rkl", "top_k": 64, "tail": "none"},
         "alignment": {"kind": "simct"},
     },
+    "gold_opd": {**_DIRECT, "divergence": {"kind": "jsd", "beta": 0.5}, "alignment": {"kind": "gold"}},
     "lightning_opd": {
         **_OPD,
         "source": {"kind": "offline"},
@@ -154,6 +155,7 @@ SUMMARIES: dict[str, str] = {
     "prefix_opd": "on-policy distillation until the teacher stops telling the student's candidates apart",
     "sod": "group advantage plus distillation that fades on turns where student and teacher drift apart",
     "simct_opd": "on-policy distillation from a teacher with another tokenizer, over shared units",
+    "gold_opd": "on-policy distillation from a teacher with another tokenizer, over merged distributions",
     "lightning_opd": "on-policy distillation on stored rollouts with stored teacher log-probs",
     "ropd": "group-relative policy gradient on a rubric score from a text-only teacher",
     "sparse_dense": "warm-up on teacher rollouts, then dense distillation, then the sparse reward",
@@ -195,7 +197,10 @@ ORIGINS: dict[str, Origin] = {
     ),
     "sod": Origin("SOD, arXiv 2605.07725", "weights, delta 0.2, coefficients, clip 0.2 / 0.28", "dual clip 3"),
     "simct_opd": Origin(
-        "SimCT, arXiv 2605.07711", "alignment, units, reverse KL", "units by joint log-prob; K 64 of the shared ids"
+        "SimCT, arXiv 2605.07711", "alignment, units, reverse KL", "units by joint log-prob; K 64; projection"
+    ),
+    "gold_opd": Origin(
+        "GOLD, TRL", "byte offsets, observed merge, JSD and sorted L1, adaptive weight", "JSD of unnormalised masses"
     ),
     "lightning_opd": Origin("Lightning OPD, arXiv 2604.13010", "stored evidence, no importance weight", "clip"),
     "ropd": Origin("Rubric-based OPD, arXiv 2605.07396", "rubric score, no std, 4 teacher answers", "clip, TIS 2"),

@@ -29,7 +29,7 @@ def hidden_states(model: Any, input_ids_BT: Tensor, row_N: Tensor, position_N: T
         return _padded_states(model, input_ids_BT)[row_N, position_N - 1]
     length_B = torch.zeros(len(input_ids_BT), dtype=torch.int64, device=row_N.device)
     packed = pack(input_ids_BT, length_B.scatter_reduce(0, row_N, position_N, "amax").tolist())
-    return _packed_states(model, packed)[packed.index_BT[row_N, position_N - 1]]
+    return packed_states(model, packed)[packed.index_BT[row_N, position_N - 1]]
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def packs(model: Any) -> bool:
         if _packs[model]:
             packed = pack(row_BT, [4, 4])
             expected = _padded_states(model, row_BT).float()
-            found = _packed_states(model, packed)[packed.index_BT].float()
+            found = packed_states(model, packed)[packed.index_BT].float()
             _packs[model] = bool((found - expected).norm() <= _TOLERANCE * expected.norm())
     return _packs[model]
 
@@ -54,8 +54,13 @@ def _padded_states(model: Any, input_ids_BT: Tensor) -> Tensor:
     return states_BTH
 
 
-def _packed_states(model: Any, packed: Packed) -> Tensor:
+def packed_states(model: Any, packed: Packed, use_cache: bool = False, **kwargs: Any) -> Tensor:
+    """Hidden states (M, H) of the packed tokens; further arguments go to the model."""
     states_1MH: Tensor = model.base_model(
-        input_ids=packed.token_ids_M[None], position_ids=packed.positions_M[None], use_cache=False, packed=packed
+        input_ids=packed.token_ids_M[None],
+        position_ids=packed.positions_M[None],
+        use_cache=use_cache,
+        packed=packed,
+        **kwargs,
     ).last_hidden_state
     return states_1MH[0]

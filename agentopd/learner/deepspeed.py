@@ -27,7 +27,7 @@ from agentopd.learner.fused_head import FusedHead, HeadStreams
 from agentopd.learner.head import Head, output_head
 from agentopd.learner.schedule import scheduled_rate
 from agentopd.objective.compose import compute_loss
-from agentopd.objective.guidance import phi_sums
+from agentopd.objective.guidance import Guidance, phi_sums, teacher_guidance
 from agentopd.objective.metrics import Sums, add_sums, means
 from agentopd.objective.microbatches import deal_rows, select_tokens, split_micro_batches
 from agentopd.objective.phi import mean_of
@@ -135,6 +135,21 @@ class DeepSpeedLearner:
                 break
         self.steps_done += 1
         return {**batch.metrics, **metrics, "learner/lr": rate, "learner/passes": float(passes)}
+
+    @torch.no_grad()
+    def inspect(self, batch: Batch) -> list[tuple[Tensor, Guidance | None]]:
+        """Of each row, the student's log-probs (N,) and the teacher term as ``step`` would see them; changes nothing.
+
+        Runs on this rank alone. Where phi is on, its mean is the row's own, not the batch's.
+        """
+        blocks = self.objective.at(self.progress)
+        found: list[tuple[Tensor, Guidance | None]] = []
+        for row in range(batch.num_rows):
+            micro = batch.select_rows([row]).to(self.device)
+            streams = Streams(micro, **self._engine.module.streams(micro, blocks)._asdict())
+            guidance = teacher_guidance(streams, blocks) if blocks.needs_teacher else None
+            found.append((streams.logprobs_N, guidance))
+        return found
 
     def save(self, directory: str | Path) -> None:
         """Write weights, fp32 masters, optimiser state, schedule position and random states."""

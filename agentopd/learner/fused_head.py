@@ -6,7 +6,7 @@ the gradient on the logits,
 
     dL/dz_v = sum_i g_i [v = id_i] - (sum_i g_i) p_v  +  g_D (k'_v - q_v sum_w k'_w),
 
-with k' the slope of the divergence's kernel and q the student within the ids that both sides have. It is written over
+with k' the slope of the divergence's kernel and q the student within the ids that are compared. It is written over
 the logits, and two matrix products later the chunk is gone. A group that does not fit a chunk (one long row) computes
 its logits twice. Softmax arithmetic is in fp32 over blocks of the vocabulary that stay in a CPU's cache, and the head's
 gradient is summed in fp32. Works on any device; source of the idea: Liger kernel (arXiv 2410.10989).
@@ -25,9 +25,12 @@ from torch import Tensor
 
 from agentopd.config.objective import Blocks
 from agentopd.config.objective_blocks import NoDivergence
+from agentopd.config.objective_data import GOLD
 from agentopd.errors import ConfigError
-from agentopd.learner.head import Head, LogSoftmax, chunk_size, fine, vocabulary_blocks
-from agentopd.objective.divergences import Kernel, kernel
+from agentopd.learner.comparison import Comparison, Merged, Pointwise
+from agentopd.learner.head import Head, LogSoftmax, chunk_size, fine, head_logprobs, vocabulary_blocks
+from agentopd.objective.divergences import kernel
+from agentopd.objective.gold import gold_divergence, rest_logprobs
 from agentopd.objective.streams import Batch
 
 
@@ -40,6 +43,13 @@ class HeadStreams(NamedTuple):
     topk_logprobs_NK: Tensor
     divergence_N: Tensor | None = None
     entropy_N: Tensor | None = None
+
+
+class _Found(NamedTuple):
+    """The streams, and how the divergence changes with the log-probs of what follows in the token's segment (N,)."""
+
+    streams: HeadStreams
+    rest_slope_N: Tensor | None
 
 
 LossOf = Callable[[int, int, HeadStreams], Tensor]
@@ -64,11 +74,13 @@ class FusedHead:
         self.chunk = chunk or chunk_size(head)
         self._batch, self._objective, self._teacher_heads = batch, objective, teacher_heads
         self._ids_NI = torch.cat([batch.target_N[:, None], batch.teacher_topk_ids_NK], dim=1)
+        self._rest_N2: Tensor | None = None
 
     @torch.no_grad()
     def streams(self, hidden_NH: Tensor) -> HeadStreams:
         """The streams alone, without gradient."""
-        return _joined([self._streams(hidden_NH, start, stop) for start, stop in self._groups()])
+        self._rest_N2 = self._rests(hidden_NH)
+        return _joined([self._found(hidden_NH, start, stop).streams for start, stop in self._groups()])
 
     def loss(self, hidden_NH: Tensor, loss_of: LossOf) -> Tensor:
         """The sum of ``loss_of`` over groups of rows (scalar), with gradient to the hidden states and the head.
@@ -80,7 +92,7 @@ class FusedHead:
 
     def add_gradients(self, hidden_NH: Tensor, loss_of: LossOf, into: _Gradients) -> Tensor:
         """The loss (scalar); its gradients are written into ``into``."""
-        losses = []
+        self._rest_N2, losses = self._rests(hidden_NH), []
         for start, stop in self._groups():
             fits = stop - start <= self.chunk
             losses.append((self._once if fits else self._twice)(hidden_NH, start, stop, loss_of, into))
@@ -89,39 +101,67 @@ class FusedHead:
     def _once(self, hidden_NH: Tensor, start: int, stop: int, loss_of: LossOf, into: _Gradients) -> Tensor:
         """The loss of a group that fits a chunk."""
         chunk = self._at(hidden_NH, start, stop)
-        loss, slopes = _slopes(start, stop, chunk.streams(self._objective.needs_entropy), loss_of)
+        loss, slopes = self._slopes(start, stop, chunk.found(self._objective.needs_entropy), loss_of)
         into.add(start, hidden_NH[start:stop], chunk.into_gradient(slopes))
         return loss
 
     def _twice(self, hidden_NH: Tensor, start: int, stop: int, loss_of: LossOf, into: _Gradients) -> Tensor:
         """The loss of a group that does not: its streams first, and the logits again for the gradient."""
-        loss, slopes = _slopes(start, stop, self._streams(hidden_NH, start, stop), loss_of)
+        loss, slopes = self._slopes(start, stop, self._found(hidden_NH, start, stop), loss_of)
         for a, b in _cuts(start, stop, self.chunk):
             cut = [None if slope is None else slope[a - start : b - start] for slope in slopes]
             into.add(a, hidden_NH[a:b], self._at(hidden_NH, a, b).into_gradient(cut))
         return loss
 
-    def _streams(self, hidden_NH: Tensor, start: int, stop: int) -> HeadStreams:
-        entropy = self._objective.needs_entropy
-        return _joined([self._at(hidden_NH, a, b).streams(entropy) for a, b in _cuts(start, stop, self.chunk)])
+    def _slopes(self, start: int, stop: int, found: _Found, loss_of: LossOf) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss of a group, and its slopes on log-probs, top-K log-probs and (where there is one) divergence."""
+        streams = found.streams
+        leaves = [x.requires_grad_() for x in streams[:3] if x is not None]
+        with torch.enable_grad():
+            if found.rest_slope_N is not None and streams.divergence_N is not None:
+                segments = self._batch.row_N[start:stop], self._batch.segment_N[start:stop]
+                rest_N = rest_logprobs(streams.logprobs_N, *segments)
+                moved_N = found.rest_slope_N * (rest_N - rest_N.detach())
+                streams = streams._replace(divergence_N=streams.divergence_N + moved_N)
+            loss = loss_of(start, stop, streams)
+            slopes = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return loss.detach(), [*slopes, *[None] * (3 - len(leaves))]
+
+    def _found(self, hidden_NH: Tensor, start: int, stop: int) -> _Found:
+        chunks = (self._at(hidden_NH, a, b) for a, b in _cuts(start, stop, self.chunk))
+        found = [chunk.found(self._objective.needs_entropy) for chunk in chunks]
+        return _Found(_joined([x.streams for x in found]), _concatenated([x.rest_slope_N for x in found]))
 
     def _at(self, hidden_NH: Tensor, start: int, stop: int) -> _Chunk:
-        other = None
-        if self._objective.needs_full_vocabulary:
-            other = self._teacher_logits(start, stop)
         student = LogSoftmax(self.head.logits(hidden_NH[start:stop]))
-        return _Chunk(student, self._ids_NI[start:stop], other and _Comparison(student.logits, *other))
+        comparison = self._comparison(student, start, stop) if self._objective.needs_full_vocabulary else None
+        return _Chunk(student, self._ids_NI[start:stop], comparison)
 
-    def _teacher_logits(self, start: int, stop: int) -> tuple[Tensor, Tensor, Kernel]:
-        """The teacher's logits (c, V), the flags of positions to compare (c,), and how."""
-        batch, divergence = self._batch, self._objective.divergence
+    def _comparison(self, student: LogSoftmax, start: int, stop: int) -> Comparison:
+        batch, divergence, alignment = self._batch, self._objective.divergence, self._objective.alignment
         assert not isinstance(divergence, NoDivergence)
         name = batch.teachers[int(batch.teacher_N[start])]
         head = self._teacher_heads.get(name)
         if head is None:
             raise ConfigError(f"teacher {name!r} is not in this process: whole distributions cannot be compared")
         hidden_cG = batch.teacher_hidden_NG[start:stop, : head.weight.shape[1]].to(head.weight.dtype)
-        return head.logits(hidden_cG), batch.supervised_N[start:stop], kernel(divergence)
+        other_cV, part_c, compare = head.logits(hidden_cG), batch.supervised_N[start:stop], kernel(divergence)
+        if not isinstance(alignment, GOLD):
+            return Pointwise(student.logits, other_cV, part_c, compare)
+        assert self._rest_N2 is not None
+
+        def merged(ours: Tensor, theirs: Tensor) -> Tensor:
+            return gold_divergence(ours, theirs, head.student_ids, compare, alignment.matched_weight)
+
+        return Merged(student, LogSoftmax(other_cV), self._rest_N2[start:stop], part_c, merged)
+
+    def _rests(self, hidden_NH: Tensor) -> Tensor | None:
+        """Joint log-probs of what follows in the token's segment, the student's and the teacher's (N, 2), if read."""
+        if not isinstance(self._objective.alignment, GOLD):
+            return None
+        batch = self._batch
+        own_N, _ = head_logprobs(hidden_NH, self.head, batch.target_N, self._ids_NI[:, :0], self.chunk)
+        return torch.stack([rest_logprobs(own_N, batch.row_N, batch.segment_N), batch.teacher_rest_N], dim=1)
 
     def _groups(self) -> Iterator[tuple[int, int]]:
         """Positions of whole rows: as many as fit a chunk, of one teacher where distributions are compared."""
@@ -185,17 +225,15 @@ class _Chunk(NamedTuple):
 
     student: LogSoftmax
     ids_cI: Tensor
-    comparison: _Comparison | None
+    comparison: Comparison | None
 
-    def streams(self, entropy: bool) -> HeadStreams:
+    def found(self, entropy: bool) -> _Found:
         """What the objective reads here."""
-        found_cI = self.student.at(self.ids_cI)
-        return HeadStreams(
-            found_cI[:, 0],
-            found_cI[:, 1:],
-            None if self.comparison is None else self.comparison.divergence_c,
-            self.student.entropy() if entropy else None,
-        )
+        found_cI, entropy_c = self.student.at(self.ids_cI), self.student.entropy() if entropy else None
+        if self.comparison is None:
+            return _Found(HeadStreams(found_cI[:, 0], found_cI[:, 1:], None, entropy_c), None)
+        streams = HeadStreams(found_cI[:, 0], found_cI[:, 1:], self.comparison.divergence_c, entropy_c)
+        return _Found(streams, self.comparison.rest_slope_c)
 
     def into_gradient(self, slopes: Sequence[Tensor | None]) -> Tensor:
         """Overwrite the logits (c, V) with the loss's gradient on them, given its slopes on the first three streams."""
@@ -213,45 +251,6 @@ class _Chunk(NamedTuple):
                 self.comparison.add_gradient(gradient, block, divergence_c)
             logits_cV[:, block] = gradient
         return logits_cV
-
-
-class _Comparison:
-    """The divergence of student and teacher over the ids both have, at positions flagged ``part`` (elsewhere 0)."""
-
-    def __init__(self, logits_cV: Tensor, other_cV: Tensor, part_c: Tensor, kernel: Kernel) -> None:
-        width = min(logits_cV.shape[1], other_cV.shape[1])
-        self._student, self._teacher = LogSoftmax(logits_cV[:, :width]), LogSoftmax(other_cV[:, :width])
-        self._part_c, self._kernel, self._width = part_c, kernel, width
-        self.divergence_c = self._slope_c = torch.zeros_like(self._student.log_total_c1[:, 0])
-        for block in vocabulary_blocks(self._student.logits):
-            value, slope = self._value_and_slope(block)
-            self.divergence_c = self.divergence_c + torch.where(part_c, value.sum(-1), 0.0)
-            self._slope_c = self._slope_c + slope.sum(-1)
-
-    def add_gradient(self, gradient: Tensor, block: slice, scale_c: Tensor) -> None:
-        """Add the divergence's gradient on one block of the student's logits, times ``scale_c``."""
-        shared = slice(block.start, min(block.stop, self._width))
-        if shared.start < shared.stop:
-            _, slope = self._value_and_slope(shared)
-            slope -= self._student.block(shared).exp_().mul_(self._slope_c[:, None])
-            gradient[:, : slope.shape[1]] += slope * torch.where(self._part_c, scale_c, 0.0)[:, None]
-
-    def _value_and_slope(self, block: slice) -> tuple[Tensor, Tensor]:
-        """Each id's share of the divergence, and its derivative by the student's log-prob."""
-        log_p, log_q = self._student.block(block).requires_grad_(), self._teacher.block(block)
-        with torch.enable_grad():
-            value = self._kernel(log_p, log_q)
-            (slope,) = torch.autograd.grad(value.sum(), log_p)
-        return value.detach(), slope
-
-
-def _slopes(start: int, stop: int, found: HeadStreams, loss_of: LossOf) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss of a group of rows, and its slopes on log-probs, top-K log-probs and (where there is one) divergence."""
-    leaves = [x.requires_grad_() for x in found[:3] if x is not None]
-    with torch.enable_grad():
-        loss = loss_of(start, stop, found)
-        slopes = torch.autograd.grad(loss, leaves, materialize_grads=True)
-    return loss.detach(), [*slopes, *[None] * (3 - len(leaves))]
 
 
 def _cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

@@ -29,6 +29,8 @@ class Head(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+    student_ids: Tensor | None = None
+    """A teacher's with another tokenizer: for each id the student's that stands for the same, or -1 (V,)."""
 
     def logits(self, hidden_cH: Tensor) -> Tensor:
         """Logits (c, V) in the head's dtype."""

@@ -1,20 +1,21 @@
 """Two tokenizers over one text: where their tokens meet, and what their distributions share (SimCT, arXiv 2605.07711).
 
 Both token sequences are laid out by byte offset and cut wherever both have a boundary. In a segment of one token on
-each side the two distributions are compared on the ids both vocabularies have. A longer segment adds one slot, the
-joint probability of its own tokens, beside the shared ids at its first position. Left out: tokens after the last
-common boundary, and special tokens, which carry the chat format. The identity when the tokenizers agree.
+each side the two distributions are compared on the student's ids. A longer segment adds one slot, the
+joint probability of its own tokens, beside those ids at its first position. Left out: tokens after the last common
+boundary, and special tokens but the end of a turn. The identity when the tokenizers agree.
 
 The published code scores a long segment by the mean raw logit of its tokens; here it is the sum of their log-probs
-(the joint probability), or their mean, so that adding a constant to all logits of a position changes nothing.
+(the joint probability), so that adding a constant to all logits of a position changes nothing. It drops teacher ids
+that the student lacks; ``first_ids`` counts them for the id they begin with, or a student would lose those texts.
 
-N tokens, K slots of support; ``segment_N`` numbers a row's segments from 0, -1 outside all of them.
+N tokens, K slots; ``segment_N`` numbers a row's segments from 0, -1 outside all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,6 @@ from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
-SpanScore = Literal["sum_logprob", "mean_logprob"]
 
 
 class Segment(NamedTuple):
@@ -71,10 +71,7 @@ def shared_ids(student: Sequence[bytes | None], teacher: Sequence[bytes | None])
 
     ``None`` marks ids to leave out (special tokens, padding rows). The first of several ids with equal bytes counts.
     """
-    ours: dict[bytes, int] = {}
-    for index, piece in enumerate(student):
-        if piece:
-            ours.setdefault(piece, index)
+    ours = _by_bytes(student)
     taken: set[int] = set()
     table = np.full(len(teacher), -1, np.int64)
     for index, piece in enumerate(teacher):
@@ -85,16 +82,47 @@ def shared_ids(student: Sequence[bytes | None], teacher: Sequence[bytes | None])
     return table
 
 
-def translate(ids_NK: IntArray, logprobs_NK: FloatArray, table: IntArray) -> tuple[IntArray, FloatArray]:
-    """Teacher top-K as student ids; a slot without a shared id is unused (id 0, log-prob -inf)."""
-    found_NK = table[ids_NK]
-    return np.where(found_NK >= 0, found_NK, 0), np.where(found_NK >= 0, logprobs_NK, -np.inf).astype(np.float32)
+def first_ids(
+    student: Sequence[bytes | None], teacher: Sequence[bytes | None], encode: Callable[[str], Sequence[int]]
+) -> IntArray:
+    """For each teacher id the student's id that its bytes begin with, or -1; shape (V_T,).
+
+    The same token where both have it, else the first that ``encode`` gives for its text, else the longest that fits.
+    """
+    ours, table = _by_bytes(student), shared_ids(student, teacher)
+    for index in np.flatnonzero(table < 0):
+        if piece := teacher[index]:
+            first = next(iter(encode(piece.decode(errors="ignore"))), None)
+            begins = first is not None and piece.startswith(student[first] or piece + b"?")
+            table[index] = first if begins else _longest(piece, ours)
+    return table
 
 
-def segment_logprobs(
-    logprobs_N: Tensor, row_N: Tensor, segment_N: Tensor, score: SpanScore = "sum_logprob"
-) -> tuple[Tensor, Tensor]:
-    """Score of each token's whole segment (N,), and the flag of tokens whose segment has several student tokens.
+def _by_bytes(pieces: Sequence[bytes | None]) -> dict[bytes, int]:
+    found: dict[bytes, int] = {}
+    for index, piece in enumerate(pieces):
+        if piece:
+            found.setdefault(piece, index)
+    return found
+
+
+def _longest(piece: bytes, ids: Mapping[bytes, int]) -> int:
+    """Id of the longest prefix that has one, or -1."""
+    return next((ids[piece[:size]] for size in range(len(piece), 0, -1) if piece[:size] in ids), -1)
+
+
+def translate(ids_K: IntArray, logprobs_K: FloatArray, table: IntArray) -> tuple[IntArray, FloatArray]:
+    """Teacher's top-K as student ids, ascending, the mass of those with one id together; unused slots are (0, -inf)."""
+    found_K = np.where(np.isfinite(logprobs_K), table[ids_K], -1)
+    ids_K, mass_K = np.zeros_like(ids_K), np.full_like(logprobs_K, -np.inf)
+    chosen, slot = np.unique(found_K[found_K >= 0], return_inverse=True)
+    ids_K[: len(chosen)] = chosen
+    np.logaddexp.at(mass_K, slot, logprobs_K[found_K >= 0])
+    return ids_K, mass_K
+
+
+def segment_logprobs(logprobs_N: Tensor, row_N: Tensor, segment_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Joint log-prob of each token's whole segment (N,), and whether that has several student tokens (N,).
 
     Outside segments and in segments of one token it is the token's own log-prob. Differentiable.
     """
@@ -106,9 +134,8 @@ def segment_logprobs(
     zeros = logprobs_N.new_zeros(int(group.max()) + 1)
     total = zeros.index_add(0, group, logprobs_N[inside])
     size = zeros.index_add(0, group, torch.ones_like(logprobs_N[inside]))
-    value = total / size if score == "mean_logprob" else total
     several_N = torch.zeros_like(logprobs_N, dtype=torch.bool).index_put((inside,), size[group] > 1)
-    return logprobs_N.index_put((inside,), value[group]), several_N
+    return logprobs_N.index_put((inside,), total[group]), several_N
 
 
 def with_span_slot(

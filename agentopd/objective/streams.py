@@ -43,8 +43,7 @@ class Batch:
     teacher_logprobs_N: Tensor
     teacher_topk_ids_NK: Tensor
     teacher_topk_logprobs_NK: Tensor
-    teacher_N: Tensor
-    """Index into ``teachers`` of the token's teacher."""
+    teacher_N: Tensor  # index into ``teachers`` of the token's teacher
     teacher_hidden_NG: Tensor
     """A local teacher's hidden states where whole distributions are compared; else G is 0."""
     ref_logprobs_N: Tensor
@@ -56,6 +55,7 @@ class Batch:
     """Verdict's sign in [-1, 1]: 2s-1 of the episode, a step certificate's sign where there is one, 0 if unknown."""
     segment_N: Tensor
     """The token's segment in its row where the teacher has another tokenizer; -1 outside all."""
+    teacher_rest_N: Tensor  # the teacher's joint log-prob of its tokens of that segment after the first
     policy_N: Tensor
     """False on trajectories that take part in the anchor alone."""
     special_N: Tensor  # role and end-of-turn markers
@@ -69,7 +69,7 @@ class Batch:
     counted: bool = True
     """False for a filler whose tokens are in no metric."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Counters of the whole batch, already summed over ranks; empty on micro-batches."""
+    """Counters of the whole batch, summed over ranks; empty on micro-batches."""
 
     @property
     def num_rows(self) -> int:

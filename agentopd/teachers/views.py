@@ -7,7 +7,7 @@ tokenizer without knowing of it. Nothing a view adds is ever seen by the student
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from agentopd.contracts import Evidence
 from agentopd.errors import TaskError, TeacherError
-from agentopd.objective.alignment import Segment, align_bytes, shared_ids, translate
+from agentopd.objective.alignment import Segment, align_bytes, first_ids, shared_ids, translate
 from agentopd.rendering.pieces import as_text, token_bytes
 from agentopd.rendering.templates import ChatRenderer, assistant_text
 from agentopd.types import Episode, Message, Task, ToolSchema, Turn
@@ -96,19 +96,19 @@ class CrossTokenizerView:
     """The student's text in the teacher's tokens and chat template, turn by turn; evidence aligned by bytes.
 
     Evidence read back has ``segments``. The teacher's log-prob of a token is that of its whole segment, and its top-K
-    are the ids both vocabularies have, at the segment's first position; special tokens and what cannot be aligned are
-    in no segment.
+    are student ids, at the segment's first position. With ``project`` a teacher token that the student lacks counts
+    for the student token it begins with; without, it is dropped. Ending the turn is the same act on both sides; other
+    special tokens, and what cannot be aligned, are in no segment.
     """
 
-    def __init__(self, opening: Opening, teacher: ChatRenderer) -> None:
+    def __init__(self, opening: Opening, teacher: ChatRenderer, project: bool = True) -> None:
         self.opening, self.teacher = opening, teacher
-        self._ours, self._theirs = token_bytes(opening.student.tokenizer), token_bytes(teacher.tokenizer)
-        self._shared = shared_ids(self._ours, self._theirs)
-
-    @property
-    def num_shared(self) -> int:
-        """Number of tokens both vocabularies have."""
-        return int((self._shared >= 0).sum())
+        student = opening.student
+        self._ours, self._theirs = token_bytes(student.tokenizer), token_bytes(teacher.tokenizer)
+        self.shared = shared_ids(self._ours, self._theirs)
+        self._ids = first_ids(self._ours, self._theirs, student.encode_turn) if project else self.shared.copy()
+        for table in (self.shared, self._ids):
+            table[teacher.end_of_turn_id] = student.end_of_turn_id
 
     def show(self, task: Task, episode: Episode) -> Episode:
         """The episode as the teacher would have read and written it."""
@@ -130,53 +130,77 @@ class CrossTokenizerView:
         )
 
     def read(self, episode: Episode, shown: Episode, evidence: Evidence) -> Evidence:
-        """Evidence on the student's tokens (N,). Raises ``TeacherError`` where the teacher gave no top-K."""
-        if evidence.topk_ids is None or evidence.topk_logprobs is None:
+        """Evidence on the student's tokens (N,). Raises ``TeacherError`` where the teacher gave no distribution."""
+        n, k = episode.num_sampled, 0 if evidence.topk_ids is None else evidence.topk_ids.shape[1]
+        if not k and evidence.hidden is None:
             raise TeacherError(f"teacher {evidence.teacher!r} has another tokenizer and gave no top-K")
-        n, k = episode.num_sampled, evidence.topk_ids.shape[1]
-        logprobs, segments = np.zeros(n, np.float32), np.full(n, -1, np.int64)
+        logprobs, rest, segments = np.zeros(n, np.float32), np.zeros(n, np.float32), np.full(n, -1, np.int64)
         ids, topk = np.zeros((n, k), np.int64), np.full((n, k), -np.inf, np.float32)
-        ours = theirs = count = 0
+        hidden = None if evidence.hidden is None else np.zeros((n, evidence.hidden.shape[1]), np.float32)
+        ours, theirs, count = _sampled(episode), _sampled(shown), 0
+        for segment in self._aligned(episode, shown):
+            (s0, s1), (t0, t1) = segment
+            if k:
+                ids[s0], topk[s0] = self._support(segment, ours[s0], theirs[t0], evidence)
+                if not np.isfinite(topk[s0]).any():
+                    continue
+            if hidden is not None and evidence.hidden is not None:
+                hidden[s0] = evidence.hidden[t0]
+            logprobs[s0:s1] = evidence.teacher_logprobs[t0:t1].sum()
+            rest[s0] = evidence.teacher_logprobs[t0 + 1 : t1].sum()
+            segments[s0:s1] = count
+            count += 1
+        found = Evidence(evidence.teacher, logprobs, hidden=hidden, segments=segments, rest_logprobs=rest)
+        return replace(found, topk_ids=ids, topk_logprobs=topk) if k else found
+
+    def _aligned(self, episode: Episode, shown: Episode) -> Iterator[Segment]:
+        """The segments of all turns, counted over the whole episode's sampled tokens."""
+        ours = theirs = 0
         for mine, its in zip(episode.turns, shown.turns, strict=True):
-            for segment in self._segments(mine.token_ids, its.token_ids):
-                (s0, s1), (t0, t1) = segment
-                row = self._support(
-                    segment, mine, its, evidence.topk_ids[theirs + t0], evidence.topk_logprobs[theirs + t0]
-                )
-                if np.isfinite(row[1]).any():
-                    logprobs[ours + s0 : ours + s1] = evidence.teacher_logprobs[theirs + t0 : theirs + t1].sum()
-                    segments[ours + s0 : ours + s1] = count
-                    ids[ours + s0], topk[ours + s0] = row
-                    count += 1
+            for (s0, s1), (t0, t1) in self._segments(mine.token_ids, its.token_ids):
+                yield Segment((ours + s0, ours + s1), (theirs + t0, theirs + t1))
             ours, theirs = ours + len(mine.token_ids), theirs + len(its.token_ids)
-        return replace(evidence, teacher_logprobs=logprobs, topk_ids=ids, topk_logprobs=topk, segments=segments)
 
     def _segments(self, ours: Sequence[int], theirs: Sequence[int]) -> list[Segment]:
-        """Segments of one turn without a special token on either side."""
+        """Segments of one turn without a special token on either side, and the end of the turn."""
+        body, other = _body(ours, self.opening.student), _body(theirs, self.teacher)
         found = align_bytes(
-            _spelled(ours, self._ours, self.opening.student), _spelled(theirs, self._theirs, self.teacher)
+            _spelled(body, self._ours, self.opening.student), _spelled(other, self._theirs, self.teacher)
         )
-        return [
+        met = (found[-1].student[1], found[-1].teacher[1]) if found else (0, 0)
+        kept = [
             segment
             for segment in found
             if all(self._ours[index] is not None for index in ours[slice(*segment.student)])
             and all(self._theirs[index] is not None for index in theirs[slice(*segment.teacher)])
         ]
+        if met == (len(body), len(other)) and len(body) < len(ours) and len(other) < len(theirs):
+            kept.append(Segment((len(body), len(ours)), (len(other), len(theirs))))
+        return kept
 
-    def _support(self, segment: Segment, mine: Turn, its: Turn, ids_K: Any, logprobs_K: Any) -> tuple[Any, Any]:
+    def _support(self, segment: Segment, mine: int, its: int, evidence: Evidence) -> tuple[Any, Any]:
         """The teacher's top-K at a segment's first position as student ids.
 
         In a longer segment the first token of either side is left out: its mass is the segment's own slot.
         """
-        found, kept = translate(ids_K, logprobs_K, self._shared)
+        assert evidence.topk_ids is not None and evidence.topk_logprobs is not None
+        at = segment.teacher[0]
+        found, kept = translate(evidence.topk_ids[at], evidence.topk_logprobs[at], self._ids)
         if not segment.one_to_one:
-            first = (found == mine.token_ids[segment.student[0]]) | (ids_K == its.token_ids[segment.teacher[0]])
-            kept = np.where(first, -np.inf, kept)
+            kept = np.where(np.isin(found, (mine, self._ids[its])), -np.inf, kept)
         return found, kept
 
 
-def _spelled(ids: Sequence[int], table: Sequence[bytes | None], renderer: ChatRenderer) -> list[bytes]:
-    """What a turn's ids show as in its text, special tokens spelled out, without its end-of-turn token."""
-    body = ids[:-1] if ids and ids[-1] in renderer.end_of_turn_ids else ids
+def _sampled(episode: Episode) -> list[int]:
+    return [token for turn in episode.turns for token in turn.token_ids]
+
+
+def _body(ids: Sequence[int], renderer: ChatRenderer) -> Sequence[int]:
+    """A turn's ids without its end-of-turn token."""
+    return ids[:-1] if ids and ids[-1] in renderer.end_of_turn_ids else ids
+
+
+def _spelled(body: Sequence[int], table: Sequence[bytes | None], renderer: ChatRenderer) -> list[bytes]:
+    """What a turn's ids show as in its text, special tokens spelled out."""
     spelling = renderer.tokenizer.convert_ids_to_tokens
     return as_text([table[index] or str(spelling(index)).encode() for index in body])

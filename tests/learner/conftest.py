@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agentopd.batching import build_batch
 from agentopd.config.objective import ObjectiveConfig
@@ -14,25 +13,14 @@ from agentopd.config.presets import PRESETS
 from agentopd.contracts import Evidence, ScoredEpisode
 from agentopd.objective.streams import Batch
 from agentopd.types import Episode, StopReason, Turn, Verdict, VerdictStatus
+from tests.tiny import qwen3
 from tests.token_classes import token_classifier
 
 VOCAB = 64
 
 
 def _model(seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = True) -> Any:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=tied,
-        max_position_embeddings=128,
-    )
-    return Qwen3ForCausalLM(config).to(dtype).eval()
+    return qwen3(VOCAB, seed, tie_word_embeddings=tied, max_position_embeddings=128).to(dtype)
 
 
 def _objective(name: str = "verifier_calibrated", **blocks: Any) -> ObjectiveConfig:

@@ -160,6 +160,19 @@ def test_a_loss_that_is_not_finite_is_a_fault_and_leaves_the_weights(learner, ma
     assert all(torch.equal(weights(trained)[name], weight) for name, weight in before.items())
 
 
+def test_what_is_inspected_is_what_the_step_uses_and_changes_nothing(learner, make_batch):
+    one, batch = learner(), make_batch()
+    before = weights(one)
+    found = one.inspect(batch)
+    assert_close(weights(one), before)
+    metrics = one.step(batch)
+    guidance = [teacher_term for _, teacher_term in found]
+    weight_N, part_N = (torch.cat([getattr(g, name) for g in guidance]) for name in ("weight_N", "part_N"))
+    assert metrics["distill/weight"] == pytest.approx(weight_N[part_N].mean().item(), rel=1e-5)
+    logprobs_N = torch.cat([logprobs for logprobs, _ in found])
+    assert metrics["student/nll"] == pytest.approx(-logprobs_N.mean().item(), rel=1e-5)
+
+
 def test_metrics_name_the_skills(learner, make_batch):
     metrics = learner().step(make_batch())
     assert {"a/distill/reverse_kl", "b/distill/reverse_kl", "loss/total", "learner/lr", "batch/rows"} <= set(metrics)

@@ -16,7 +16,8 @@ from agentopd.learner import head as head_module
 from agentopd.learner.fused_head import FusedHead, HeadStreams
 from agentopd.learner.head import Head
 from agentopd.objective.compose import compute_loss
-from agentopd.objective.divergences import full_divergence
+from agentopd.objective.divergences import full_divergence, kernel
+from agentopd.objective.gold import gold_divergence, rest_logprobs
 from agentopd.objective.microbatches import select_tokens
 from agentopd.objective.streams import PER_TOKEN, Batch, Streams
 from tests.plain_head import plain_logprobs
@@ -35,7 +36,7 @@ def rows(seed=0, teachers=("x", "y"), k=K):
     """Four rows whose every stream is random; their teachers alternate."""
     g = torch.Generator().manual_seed(seed)
     row_N = torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES))
-    n = len(row_N)
+    segment_N, n = torch.cat([torch.arange(size) // 2 for size in SIZES]), len(row_N)
 
     def drawn(*shape):
         return torch.rand(*shape, generator=g)
@@ -51,7 +52,8 @@ def rows(seed=0, teachers=("x", "y"), k=K):
         skill_N=torch.zeros(n, dtype=torch.int64), teacher_topk_ids_NK=ids_NK,
         teacher_topk_logprobs_NK=torch.randn(n, V, generator=g).log_softmax(-1).gather(1, ids_NK),
         teacher_N=row_N % len(teachers), teachers=teachers, teacher_hidden_NG=torch.randn(n, G, generator=g),
-        overlap_N=drawn(n), advantage_N=drawn(n) - 0.5, sigma_N=drawn(n) * 2 - 1, segment_N=torch.arange(n),
+        overlap_N=drawn(n), advantage_N=drawn(n) - 0.5, sigma_N=drawn(n) * 2 - 1, segment_N=segment_N,
+        teacher_rest_N=-drawn(n),
         policy_N=torch.ones(n, dtype=torch.bool), special_N=drawn(n) < 0.2, span_N=drawn(n) < 0.5, **streams,
     )  # fmt: skip
 
@@ -69,16 +71,25 @@ def parameters(bias=False, dtype=torch.float32):
     return hidden, Head(weight, offset), teachers
 
 
+def compared(logits, teacher, batch, objective):
+    """The plain divergence of every position from one teacher."""
+    other = batch.teacher_hidden_NG[:, : teacher.weight.shape[1]] @ teacher.weight.T
+    if objective.alignment.kind != "gold":
+        return full_divergence(logits, other, objective.divergence)
+    log_p, log_q = logits.log_softmax(-1), other.log_softmax(-1)
+    rest = rest_logprobs(log_p.gather(1, batch.target_N[:, None])[:, 0], batch.row_N, batch.segment_N)
+    merged = log_p + rest[:, None], log_q + batch.teacher_rest_N[:, None]
+    weight = objective.alignment.matched_weight
+    return gold_divergence(*merged, teacher.student_ids, kernel(objective.divergence), weight)
+
+
 def plain_streams(hidden, head, batch, objective, teachers) -> HeadStreams:
     """All logits at once, with autograd."""
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
     entropy = torch.distributions.Categorical(logits=logits).entropy().detach()
     divergence = None
     if objective.needs_full_vocabulary:
-        apart = [
-            full_divergence(logits, batch.teacher_hidden_NG[:, : t.weight.shape[1]] @ t.weight.T, objective.divergence)
-            for t in (teachers[name] for name in batch.teachers)
-        ]
+        apart = [compared(logits, teachers[name], batch, objective) for name in batch.teachers]
         divergence = torch.where(batch.supervised_N, torch.stack(apart)[batch.teacher_N, torch.arange(len(logits))], 0)
     return HeadStreams(
         *plain_logprobs(hidden, head, batch.target_N, batch.teacher_topk_ids_NK),
@@ -133,7 +144,7 @@ def test_gradients_in_fp64(kind, monkeypatch):
 
     teachers = {name: Head(t.weight.double(), None) for name, t in teachers.items()}
     batch = replace(batch, teacher_hidden_NG=batch.teacher_hidden_NG.double())
-    assert torch.autograd.gradcheck(loss, (hidden, *head), fast_mode=True)
+    assert torch.autograd.gradcheck(loss, (hidden, head.weight, head.bias), fast_mode=True)
 
 
 @settings(max_examples=40, deadline=None)
@@ -193,5 +204,5 @@ def test_a_teacher_that_is_not_here_is_named():
         FusedHead(head, batch, whole("full_rkl"), teachers).streams(hidden)
 
 
-def test_only_gkd_asks_for_whole_distributions():
-    assert [name for name in PRESETS if resolve_objective(name).needs_full_vocabulary] == ["gkd"]
+def test_which_presets_ask_for_whole_distributions():
+    assert [name for name in PRESETS if resolve_objective(name).needs_full_vocabulary] == ["gkd", "gold_opd"]

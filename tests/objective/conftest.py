@@ -83,6 +83,7 @@ def _sample(
         "teacher_hidden_NG": torch.zeros(n, 0),
         "overlap_N": zeros_N,
         "segment_N": offset_N,
+        "teacher_rest_N": zeros_N,
         "policy_N": torch.ones(n, dtype=torch.bool),
         "ref_logprobs_N": logprobs_N.detach() + 0.3 * torch.randn(n, generator=g),
         "advantage_N": torch.randn(len(sizes), generator=g)[row_N],

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from agentopd.objective.alignment import (
     Segment,
     align_bytes,
+    first_ids,
     segment_logprobs,
     shared_ids,
     translate,
@@ -71,9 +72,41 @@ def test_shared_ids_skip_special_tokens_and_are_one_to_one():
 
 def test_translated_slots_without_a_shared_id_are_unused():
     table = np.array([4, -1, 2])
-    ids, logprobs = translate(np.array([[0, 1], [2, 0]]), np.array([[-1.0, -2.0], [-0.5, -3.0]], np.float32), table)
-    assert ids.tolist() == [[4, 0], [2, 4]]
-    assert logprobs.tolist() == [[-1.0, -math.inf], [-0.5, -3.0]]
+    ids, logprobs = translate(np.array([0, 1]), np.array([-1.0, -2.0], np.float32), table)
+    assert ids.tolist() == [4, 0] and logprobs.tolist() == [-1.0, -math.inf]
+    ids, logprobs = translate(np.array([2, 0]), np.array([-0.5, -math.inf], np.float32), table)
+    assert ids.tolist() == [2, 0] and logprobs.tolist() == [-0.5, -math.inf]
+
+
+def test_translated_masses_of_one_id_add_up():
+    table = np.array([3, 3, 1])
+    ids, logprobs = translate(np.array([0, 2, 1]), np.log(np.array([0.5, 0.2, 0.25], np.float32)), table)
+    assert ids.tolist() == [1, 3, 0]
+    np.testing.assert_allclose(np.exp(logprobs), [0.2, 0.75, 0.0], rtol=1e-6)
+
+
+def test_a_token_the_student_lacks_counts_for_the_one_it_begins_with():
+    student = [b"a", b"b", b"ab", None, b"\xc3"]
+    teacher = [b"ab", b"abb", b"ba", None, b"\xc3\xb6", b"z"]
+
+    def encode(text):
+        return {"abb": [0, 1, 1], "ba": [1, 0]}.get(text, [])  # a BPE need not begin with the longest piece
+
+    assert first_ids(student, teacher, encode).tolist() == [2, 0, 1, -1, 4, -1]
+
+
+def test_a_student_that_writes_what_the_teacher_writes_is_an_optimum_only_if_projected():
+    """Half the texts are "ab", one token for the teacher and two for the student, half are "c"."""
+    student = torch.tensor([0.5, 0.0, 0.5]).log().clamp(min=-40)  # a, b, c
+    teacher_ids, teacher = np.arange(4), np.log(np.array([1e-9, 1e-9, 0.5, 0.5], np.float32))  # a, b, c, ab
+    pieces = [b"a", b"b", b"c"]
+
+    def divergence_where_c_was_sampled(table):
+        ids, logprobs = translate(teacher_ids, teacher, table)
+        return truncated(student[ids][None], torch.from_numpy(logprobs)[None]).item()
+
+    assert divergence_where_c_was_sampled(first_ids(pieces, [*pieces, b"ab"], lambda text: [0, 1])) < 1e-5
+    assert divergence_where_c_was_sampled(shared_ids(pieces, [*pieces, b"ab"])) > 5
 
 
 def test_segment_logprobs_add_up_inside_a_segment_only():
@@ -82,8 +115,6 @@ def test_segment_logprobs_add_up_inside_a_segment_only():
     total, several = segment_logprobs(logprobs, row, segment)
     assert total.tolist() == [-3.0, -3.0, -3.0, -4.0, -5.0]
     assert several.tolist() == [True, True, False, False, False]
-    mean, _ = segment_logprobs(logprobs, row, segment, "mean_logprob")
-    assert mean.tolist() == [-1.5, -1.5, -3.0, -4.0, -5.0]
     total[0].backward()
     assert logprobs.grad.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines import HFEngine
@@ -14,6 +13,7 @@ from agentopd.errors import EngineError
 from agentopd.rendering import ChatRenderer
 from agentopd.rollout import EpisodeSpec, RolloutOptions, run_episodes, stream_episodes
 from agentopd.types import Episode, Limits, StopReason, Task
+from tests.tiny import qwen3
 
 MakeTask = Callable[..., Task]
 Talk = Callable[..., Any]
@@ -124,20 +124,16 @@ def test_a_failing_judge_stops_the_rest(make_task: MakeTask, counter: type[Any],
 
 @pytest.fixture
 def tiny_model(renderer: ChatRenderer) -> Any:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(renderer.tokenizer),
+    return qwen3(
+        len(renderer.tokenizer),
         hidden_size=16,
         num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         head_dim=8,
         intermediate_size=32,
         max_position_embeddings=160,
         initializer_range=0.3,
         tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config)
+    ).train()
 
 
 def test_episodes_repeat_under_their_seeds(

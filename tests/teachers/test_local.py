@@ -5,30 +5,20 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from agentopd.contracts import Teacher
 from agentopd.errors import TeacherError
 from agentopd.teachers.local import LocalTeacher
 from agentopd.types import Episode, StopReason, Turn
+from tests.tiny import qwen3
 
 VOCAB = 64
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-    )
-    return Qwen3ForCausalLM(config).eval().requires_grad_(False)
+    return qwen3(VOCAB, max_position_embeddings=128).requires_grad_(False)
 
 
 def episode(seed, sizes=(4, 3), vocab=VOCAB):

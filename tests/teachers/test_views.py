@@ -6,43 +6,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agentopd.contracts import Evidence
 from agentopd.errors import TaskError
 from agentopd.objective.alignment import align_bytes
 from agentopd.rendering import ChatRenderer, HermesJSON
-from agentopd.rendering.micro_template import MICRO_CHAT_TEMPLATE
 from agentopd.rendering.pieces import token_bytes
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.views import CrossTokenizerView, Opening, PrivilegedView
 from agentopd.types import Episode, Message, Privileged, StopReason, Task, ToolSchema, Turn
+from tests.tiny import CONTROL, byte_bpe, qwen3
 
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MATHS = ["What is 3 + 4? 3 + 4 = 7. The answer is 7."] * 20
 PROSE = ["The answer to the question is that we answer it: the answer is what it is."] * 20
 CANARY = "canary-5f1e"
 TOOLS = (ToolSchema(name="add"),)
 
 
-def tokenizer(texts, size):
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=CONTROL[2], pad_token=CONTROL[0])
-    made.chat_template = MICRO_CHAT_TEMPLATE
-    return made
-
-
 @pytest.fixture(scope="module")
 def renderers():
-    return [ChatRenderer(tokenizer(texts, size), HermesJSON()) for texts, size in ((MATHS, 300), (PROSE, 340))]
+    return [ChatRenderer(byte_bpe(texts, size), HermesJSON()) for texts, size in ((MATHS, 300), (PROSE, 340))]
 
 
 @pytest.fixture
@@ -53,21 +36,6 @@ def task():
         prompt=(Message(role="system", content="Be brief."), Message(role="user", content="What is 3 + 4?")),
         privileged=Privileged(hint=f"It is {CANARY}.", trajectory=(Message(role="assistant", content="7"),)),
     )
-
-
-def model(vocab_size, seed=0):
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=512,
-    )
-    return Qwen3ForCausalLM(config).eval().requires_grad_(False)
 
 
 def episode(renderer, task, texts=("The answer is 7.", "Größe: the answer → it is.")):
@@ -111,7 +79,7 @@ def test_a_privileged_prompt_changes_the_prompt_alone(renderers, task):
 
 def test_privileged_evidence_lies_on_the_students_tokens(renderers, task):
     student, _ = renderers
-    net, mine = model(len(student.tokenizer)), episode(student, task)
+    net, mine = qwen3(len(student.tokenizer)).requires_grad_(False), episode(student, task)
     view = PrivilegedView(opening(student, "hint"))
     shown = view.show(task, mine)
     found = view.read(mine, shown, score(LocalTeacher("t", net), shown, 0))
@@ -149,12 +117,11 @@ def test_segments_carry_the_teachers_joint_probability(renderers, task):
     mine = episode(student, task)
     view = CrossTokenizerView(opening(student), teacher)
     shown = view.show(task, mine)
-    answer = score(LocalTeacher("t", model(len(teacher.tokenizer))), shown, 10_000)
+    answer = score(LocalTeacher("t", qwen3(len(teacher.tokenizer))), shown, 10_000)
     found = view.read(mine, shown, answer)
     ours, theirs = token_bytes(student.tokenizer), token_bytes(teacher.tokenizer)
     sampled = [token for turn in mine.turns for token in turn.token_ids]
-    # The end-of-turn tokens, and nothing else of these two turns, are in no segment.
-    assert [ours[token] for token, part in zip(sampled, found.segments, strict=True) if part < 0] == [None, None]
+    assert (found.segments >= 0).all() and len(sampled) == len(found.segments)
     offset = start = number = 0
     for one, other in zip(mine.turns, shown.turns, strict=True):
         pairs = align_bytes([ours[t] for t in one.token_ids[:-1]], [theirs[t] for t in other.token_ids[:-1]])
@@ -165,25 +132,45 @@ def test_segments_carry_the_teachers_joint_probability(renderers, task):
             assert (found.segments[offset + s0 : offset + s1] == number).all()
             first = found.topk_logprobs[offset + s0]
             used = np.isfinite(first)
-            pieces = {ours[index] for index in found.topk_ids[offset + s0][used]}
-            assert pieces <= set(theirs) and used.sum() >= view.num_shared - 2
+            # All of the teacher's mass, but for the first token of a longer segment, is on some token of the student's.
+            mass = np.exp(first[used]).sum()
+            assert mass == pytest.approx(1, abs=1e-2) if (s1 - s0, t1 - t0) == (1, 1) else mass < 1
             assert not np.isfinite(found.topk_logprobs[offset + s0 + 1 : offset + s1]).any()
+            later = answer.teacher_logprobs[start + t0 + 1 : start + t1].sum()
+            np.testing.assert_allclose(found.rest_logprobs[offset + s0], later, rtol=1e-6)
             number += 1
+        end = offset + len(one.token_ids) - 1
+        assert found.segments[end] == number and np.isfinite(found.topk_logprobs[end]).any()
+        number += 1
         offset, start = offset + len(one.token_ids), start + len(other.token_ids)
 
 
-def test_with_the_same_tokenizer_the_view_is_the_identity_but_for_special_tokens(renderers, task):
+def test_with_the_same_tokenizer_the_view_is_the_identity(renderers, task):
     student, _ = renderers
     mine = episode(student, task)
     view = CrossTokenizerView(opening(student), student)
     shown = view.show(task, mine)
     assert shown.token_ids == mine.token_ids
-    answer = score(LocalTeacher("t", model(len(student.tokenizer))), shown, 10_000)
+    answer = score(LocalTeacher("t", qwen3(len(student.tokenizer))), shown, 10_000)
     found = view.read(mine, shown, answer)
-    inside = found.segments >= 0
-    np.testing.assert_array_equal(found.segments[inside], np.arange(inside.sum()))
-    np.testing.assert_array_equal(found.teacher_logprobs[inside], answer.teacher_logprobs[inside])
-    assert view.num_shared == len(student.tokenizer) - len(CONTROL)
+    np.testing.assert_array_equal(found.segments, np.arange(mine.num_sampled))
+    np.testing.assert_array_equal(found.teacher_logprobs, answer.teacher_logprobs)
+    assert (view.shared >= 0).sum() == len(student.tokenizer) - len(CONTROL) + 1  # and the end of a turn
+
+
+def test_a_teachers_hidden_states_lie_where_its_segments_begin(renderers, task):
+    student, teacher = renderers
+    mine = episode(student, task)
+    view = CrossTokenizerView(opening(student), teacher)
+    shown = view.show(task, mine)
+    scorer = LocalTeacher("t", qwen3(len(teacher.tokenizer)), keep_hidden=True)
+    answer = score(scorer, shown, 0)
+    found = view.read(mine, shown, answer)
+    first = np.diff(found.segments, prepend=-1) != 0
+    assert found.topk_ids is None and found.hidden.shape == (mine.num_sampled, answer.hidden.shape[1])
+    assert not found.hidden[~first].any()
+    rows = {row.tobytes() for row in answer.hidden}
+    assert all(row.tobytes() in rows for row in found.hidden[first])
 
 
 def test_a_turn_that_was_cut_off_has_no_end_in_either_tokenizer(renderers, task):
@@ -206,9 +193,9 @@ def test_a_special_token_in_the_text_is_in_no_segment(renderers, task):
     n = shown.num_sampled
     flat = Evidence("t", np.zeros(n, np.float32), np.tile(np.arange(k), (n, 1)), np.full((n, k), -5.0, np.float32))
     found = view.read(mine, shown, replace(flat))
-    marked = [token_bytes(student.tokenizer)[token] is None for token in mine.turns[0].token_ids]
-    assert sum(marked) == 2 and (found.segments[np.array(marked)] == -1).all()
-    assert (found.segments >= 0).any()
+    marked = np.array([token_bytes(student.tokenizer)[token] is None for token in mine.turns[0].token_ids])
+    inside, end_of_turn = found.segments[marked]
+    assert inside == -1 and end_of_turn == found.segments.max() > 0
 
 
 def test_bytes_that_are_no_text_do_not_end_the_alignment(renderers, task):
@@ -219,5 +206,5 @@ def test_bytes_that_are_no_text_do_not_end_the_alignment(renderers, task):
     mine = episode(student, task).model_copy(update={"turns": (turn,)})
     view = CrossTokenizerView(opening(student), teacher)
     shown = view.show(task, mine)
-    answer = score(LocalTeacher("t", model(len(teacher.tokenizer))), shown, 10_000)
-    assert (view.read(mine, shown, answer).segments[:-1] >= 0).all()
+    answer = score(LocalTeacher("t", qwen3(len(teacher.tokenizer))), shown, 10_000)
+    assert (view.read(mine, shown, answer).segments >= 0).all()

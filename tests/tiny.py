@@ -1,0 +1,44 @@
+"""A tiny random Qwen3 and a byte-level tokenizer with a chat template, for tests that need real ones."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from agentopd.rendering.micro_template import MICRO_CHAT_TEMPLATE
+
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def qwen3(vocab_size: int, seed: int = 0, **changes: Any) -> Any:
+    """In fp32 and eval mode; ``changes`` are fields of its config."""
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, **{**shape, **changes})).eval()
+
+
+def byte_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on ``texts``, with the micro models' chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(CONTROL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=CONTROL[2], pad_token=CONTROL[0])
+    tokenizer.chat_template = MICRO_CHAT_TEMPLATE
+    return tokenizer
