@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
 from typing import Any
 
 from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
-from agentopd.contracts import Engine, Environment, Sandbox, SandboxLimits, Verifier
+from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
 from agentopd.engines import HFEngine, VLLMEngine
 from agentopd.errors import ConfigError
 from agentopd.models import load_model, load_tokenizer
@@ -104,6 +105,24 @@ class Judge:
         """The verdict on one finished episode; machinery faults come back without an outcome."""
         verifier = self.verifier(episode.skill, task)
         return await judge(task, episode, verifier, self.sandbox if verifier.needs_sandbox else None)
+
+    def compare(self, judged: Sequence[tuple[Episode, Verdict]], tasks: Mapping[str, Task]) -> list[Verdict]:
+        """The verdicts, in order, each group's set against one another where its verifier does that.
+
+        ``tasks`` leads from a task's hash to the task.
+        """
+        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for index, (episode, _) in enumerate(judged):
+            groups[episode.group_id or episode.id, episode.task_hash].append(index)
+        verdicts = [verdict for _, verdict in judged]
+        for (_, task_hash), members in groups.items():
+            task, skill = tasks[task_hash], judged[members[0]][0].skill
+            verifier = self.verifier(skill, task)
+            if isinstance(verifier, GroupVerifier):
+                compared = verifier.compare(task, [verdicts[index] for index in members])
+                for index, verdict in zip(members, compared, strict=True):
+                    verdicts[index] = verdict
+        return verdicts
 
     async def start(self, samples: Iterable[tuple[str, Task]]) -> None:
         """Start the sandbox if any sample's verifier needs it, so that a missing one stops the run at once."""

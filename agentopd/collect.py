@@ -33,13 +33,13 @@ async def collect(run: Run, drawn: Sequence[Drawn]) -> tuple[list[Judged], list[
     return await _student(run, mine), await _SOURCES[source.other](run, others)
 
 
-async def collect_beside(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
-    """Gold or teacher trajectories that only the anchor reads, beside the student's own; [] where there is no such."""
+async def collect_beside(run: Run, drawn: Sequence[Drawn], own: Sequence[Judged]) -> list[Judged]:
+    """Gold or teacher trajectories that only the anchor reads, beside the student's ``own``; [] where none."""
     blocks = run.blocks
     if blocks.source.kind != "student" or anchor_coef(blocks.anchor, run.progress) == 0:
         return []
     if isinstance(blocks.anchor, GoldNLL):
-        return await _gold(run, drawn)
+        return await _gold(run, drawn if blocks.anchor.prompts == "all" else unsolved(drawn, own))
     assert isinstance(blocks.anchor, TeacherAnchor)
     chosen = phased_prompts(drawn, blocks.anchor.prompt_share, run.step)
     return _kept(await _teacher(run, chosen), blocks.anchor.filter_correct)
@@ -50,6 +50,13 @@ def phased_prompts(drawn: Sequence[Drawn], share: float, step: int) -> list[Draw
     size = math.ceil(share * len(drawn))
     order = sorted(range(len(drawn)), key=lambda i: stable_seed("phased", step, drawn[i].skill, drawn[i].task.id))
     return [drawn[i] for i in sorted(order[:size])]
+
+
+def unsolved(drawn: Sequence[Drawn], judged: Sequence[Judged]) -> list[Drawn]:
+    """The prompts of which at least one rollout was judged and none passed, in the order drawn."""
+    tried = {episode.task_hash for episode, verdict in judged if verdict.outcome is not None}
+    solved = {episode.task_hash for episode, verdict in judged if verdict.passed}
+    return [item for item in drawn if item.task.hash in tried - solved]
 
 
 def student_answers(drawn: Sequence[Drawn], share: float, step: int) -> tuple[list[Drawn], list[Drawn]]:
@@ -76,25 +83,27 @@ async def _gold(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
     return list(await asyncio.gather(*(play(spec) for item in drawn for spec in _group(run, item, 1))))
 
 
-async def _teacher(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
-    """One episode of each prompt, played by the teacher its skill is routed to; sampled once and kept."""
-    found: dict[int, Judged] = {}
+async def _teacher(run: Run, drawn: Sequence[Drawn], num: int = 1) -> list[Judged]:
+    """``num`` episodes of each prompt, played by the teacher its skill is routed to; sampled once and kept."""
+    found: dict[int, list[Judged]] = {}
     for key, demonstrator in sorted(run.teachers.demonstrators.items()):
         mine = [i for i, item in enumerate(drawn) if run.teachers.routes[item.skill] == key]
-        answers = await demonstrator.answer([(drawn[i].skill, drawn[i].task) for i in mine])
-        found.update({i: answer[0] for i, answer in zip(mine, answers, strict=True)})
-    return [found[i] for i in range(len(drawn))]
+        answers = await demonstrator.answer([(drawn[i].skill, drawn[i].task) for i in mine], num)
+        found.update(zip(mine, answers, strict=True))
+    return [judged for i in range(len(drawn)) for judged in found[i]]
 
 
 async def _teacher_source(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
     source = run.blocks.source
-    return _kept(await _teacher(run, drawn), isinstance(source, TeacherSource) and source.filter_correct)
+    judged = await _teacher(run, drawn, run.config.rollout.group_size)
+    return _kept(judged, isinstance(source, TeacherSource) and source.filter_correct)
 
 
 async def _stored(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
     """The starting student's rollouts, from disk."""
     assert run.teachers.stored_rollouts is not None
-    answers = await run.teachers.stored_rollouts.answer([(item.skill, item.task) for item in drawn])
+    prompts = [(item.skill, item.task) for item in drawn]
+    answers = await run.teachers.stored_rollouts.answer(prompts, run.config.rollout.group_size)
     return [judged for answer in answers for judged in answer]
 
 
@@ -109,9 +118,10 @@ async def store_rollouts(run: Run) -> None:
         return
     every = [(name, task) for name in run.teachers.routes for task in run.skills[name].train_tasks(run.config.seed)]
     prompts = every[runtime.rank() :: runtime.world_size()]
-    if run.step and not all(stored.has(*prompt) for prompt in prompts):
+    num = run.config.rollout.group_size
+    if run.step and not all(stored.has(*prompt, num) for prompt in prompts):
         raise UserError(f"{str(stored.cache.root)!r} has lost rollouts of the starting student: start the run again")
-    judged = [item for answer in await stored.answer(prompts) for item in answer]
+    judged = [item for answer in await stored.answer(prompts, num) for item in answer]
     by_teacher: dict[str, list[Episode]] = {}
     for episode, _ in judged:
         if episode.num_sampled:

@@ -201,6 +201,15 @@ class Sandbox(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupVerifier(Protocol):
+    """A verifier whose reward also depends on the other episodes of a task's group."""
+
+    def compare(self, task: Task, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """The verdicts of one group with their rewards set against one another; outcomes stay as they are."""
+        ...
+
+
 # --- engines and teachers --------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ The view is drawn once a step and not in between, so it costs a few milliseconds
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ class _View:
         for key in (*(f"{skill}/success" for skill in self._skills), *CURVES):
             if key in seen.metrics:
                 self._history[key].append(seen.metrics[key])
-        self._verdicts = [*seen.judged, *self._verdicts][:NUM_VERDICTS]
+        self._verdicts = [*_in_turn(seen.judged), *self._verdicts][:NUM_VERDICTS]
 
     def drawn(self, console: Console) -> RenderableType:
         """The bar, and below it what fits."""
@@ -131,6 +131,16 @@ class _View:
 
     def _last(self) -> list[Text]:
         return [_verdict_line(episode, verdict) for episode, verdict in self._verdicts]
+
+
+def _in_turn(judged: Sequence[tuple[Episode, Verdict]]) -> list[tuple[Episode, Verdict]]:
+    """The first of each skill, then the second, and so on."""
+    met: Counter[str] = Counter()
+    ranks = []
+    for episode, _ in judged:
+        ranks.append(met[episode.skill])
+        met[episode.skill] += 1
+    return [item for _, item in sorted(zip(ranks, judged, strict=True), key=lambda pair: pair[0])]
 
 
 def _verdict_line(episode: Episode, verdict: Verdict) -> Text:

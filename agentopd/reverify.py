@@ -44,8 +44,11 @@ async def rejudge(path: Path) -> list[Rejudged]:
     async def one(item: KeptEpisode) -> Rejudged:
         assert item.task is not None  # _parse refuses lines without one
         async with gate:
-            now = await judges[_origin(item)](item.task, item.episode)
-        stored = item.verdict
+            judge = judges[_origin(item)]
+            now = await judge(item.task, item.episode)
+        # What was kept stands for its group, whose other episodes need not have been kept.
+        stored, tasks = item.verdict, {item.task.hash: item.task}
+        now, _ = judge.compare([(item.episode, now), (item.episode, stored)], tasks)
         return Rejudged(
             item.episode.id,
             f"{stored.status} {stored.outcome} {stored.reward}",

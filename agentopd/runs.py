@@ -39,7 +39,8 @@ from agentopd.models import model_hash, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
 from agentopd.stats import cpu_seconds, resident_mib
 from agentopd.teaching import Teachers, build_teachers
-from agentopd.tracking import Provenance, RunDirectory, Session, Tracker, open_tracker, write_atomic
+from agentopd.trackers import Tracker, open_tracker
+from agentopd.tracking import Provenance, RunDirectory, Session, write_atomic
 from agentopd.types import Task
 
 
@@ -120,7 +121,7 @@ class Run:
         if runtime.rank() == 0:
             directory.resume(Session.now(sys.argv, from_step=run.step))
             run.directory = directory
-            run.tracker = open_tracker(directory, config.tracking.tensorboard, from_step=run.step)
+            run.tracker = open_tracker(directory, config.tracking, from_step=run.step)
         for name in ("base", "teacher"):
             file = directory.eval / f"{name}.json"
             if file.is_file():
@@ -218,7 +219,7 @@ class Run:
                 sessions=(Session.now(sys.argv),),
             )
             self.directory = RunDirectory.create(self.root, dump_toml(config), provenance)
-            self.tracker = open_tracker(self.directory, tensorboard=config.tracking.tensorboard)
+            self.tracker = open_tracker(self.directory, config.tracking)
         self._list_overlaps()
         runtime.barrier()
 

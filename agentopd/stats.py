@@ -16,7 +16,8 @@ from agentopd.types import Episode, Verdict
 def step_metrics(judged: Sequence[tuple[Episode, Verdict]]) -> dict[str, float]:
     """Per skill: success, reward, tokens, turns, truncation, repetition, malformed calls, flags, unjudged; all ranks.
 
-    Success and reward average over judged episodes only; a skill with none has neither.
+    Success and reward average over judged episodes only, the cost of a patch over those that passed; a skill without
+    such episodes has no such entry.
     """
     rows = [_row(episode, verdict) for episode, verdict in judged]
     by_skill: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -25,7 +26,8 @@ def step_metrics(judged: Sequence[tuple[Episode, Verdict]]) -> dict[str, float]:
             by_skill[skill].append(row)
     metrics: dict[str, float] = {}
     for skill, found in sorted(by_skill.items()):
-        for key in ("success", "reward", "tokens", "turns", "truncated", "repetition", "malformed", "flagged"):
+        names = ("success", "reward", "tokens", "turns", "truncated", "repetition", "malformed", "flagged", "diff_cost")
+        for key in names:
             values = [row[key] for row in found if key in row]
             if values:
                 metrics[f"{skill}/{key}"] = sum(values) / len(values)
@@ -48,6 +50,8 @@ def _row(episode: Episode, verdict: Verdict) -> tuple[str, dict[str, float]]:
     }
     if verdict.outcome is not None and verdict.reward is not None:
         row |= {"success": verdict.outcome, "reward": verdict.reward}
+    if verdict.passed and "diff_cost" in verdict.components:
+        row["diff_cost"] = verdict.components["diff_cost"]
     return episode.skill, row
 
 

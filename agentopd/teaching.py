@@ -35,11 +35,13 @@ from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.rubric import RubricJudge
 from agentopd.teachers.served import ServedTeacher
 from agentopd.teachers.stored import StoredTeacher, StoreHeader
-from agentopd.teachers.views import CrossTokenizerView, Opening, PrivilegedView, View
+from agentopd.teachers.views import CrossTokenizerView, Misreading, Opening, PrivilegedView, View
 from agentopd.types import Task, ToolSchema
 
 RETENTION_TEACHER = "start"
 """The frozen starting student: the teacher of old skills that name no other."""
+_MISTAKABLE = 64
+"""Tasks of a skill that a misreading teacher chooses from."""
 
 
 @dataclass
@@ -171,6 +173,7 @@ class _Faculty:
         self.whole = any(blocks.needs_full_vocabulary for blocks in stages)
         self.base = any(blocks.needs_reference and blocks.reference.policy == "teacher_base" for blocks in stages)
         self._start: Any = None
+        self._known: dict[str, list[Task]] = {}
         self._served: dict[str, ServedTeacher] = {}
 
     def identity(self, key: str) -> str:
@@ -211,7 +214,7 @@ class _Faculty:
         else:
             check_same_vocabulary(self.policy.tokenizer, tokenizer, key)
             vocab_size, actor = len(self.policy.tokenizer), self.policy.acting_as(model)
-            if chosen.context != "student":
+            if chosen.context != "student" or chosen.misread_share:
                 teachers.views[key] = PrivilegedView(self._opening(chosen))
         teachers.actors[key] = actor
         if self.scores:
@@ -236,7 +239,14 @@ class _Faculty:
 
     def _opening(self, chosen: TeacherConfig) -> Opening:
         privilege = None if chosen.context == "student" else chosen.context
-        return Opening(self.policy.renderer, partial(_tools, self.skills), privilege)
+        misread = Misreading(chosen.misread_share, self._others) if chosen.misread_share else None
+        return Opening(self.policy.renderer, partial(_tools, self.skills), privilege, misread)
+
+    def _others(self, skill: str) -> list[Task]:
+        """Tasks that a teacher may take another one of the skill for."""
+        if skill not in self._known:
+            self._known[skill] = self.skills[skill].tasks("train", _MISTAKABLE, self.config.seed)
+        return self._known[skill]
 
 
 def _tools(skills: Mapping[str, Skill], skill: str, task: Task) -> tuple[ToolSchema, ...]:

@@ -68,8 +68,11 @@ async def train_step(run: Run) -> Seen:
     shares, tasks = run.mixture.shares(), {item.task.hash: item.task for item in drawn}
     with clock.phase("rollout"):
         mine = drawn[runtime.rank() :: runtime.world_size()]
-        (own, others), beside = await collect(run, mine), await collect_beside(run, mine)
+        own, others = await collect(run, mine)
+        beside = await collect_beside(run, mine, own)
         judged = [*own, *others]
+        verdicts = run.judge.compare(judged, tasks)
+        judged = [(episode, verdict) for (episode, _), verdict in zip(judged, verdicts, strict=True)]
     run.policy.engine.sleep()
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)

@@ -37,6 +37,8 @@ def test_kinds_of_teachers_and_the_way_back(load, tmp_path):
         (HF + JUDGE, ["objective.preset=opd"], "this objective has none: leave it out"),
         (CHAT, ["objective.preset=opd"], "needs a teacher that gives 'sampled'.*gives 'text' only"),
         (HF, ["objective.preset=seqkd", "teachers.default.context=hint"], "this objective scores nothing"),
+        (HF, ["objective.preset=seqkd", "teachers.default.misread_share=0.5"], "this objective scores nothing"),
+        (HF, ["objective.preset=sg_opd", "teachers.default.misread_share=0.5"], "does not reach the teacher's own"),
         (HF, ["objective.preset=lightning_opd"], "set num_train_tasks of skill 'store'"),
         (HF, ["objective.preset=opd", "suite.skills.store.teacher=codr"], "names teacher 'codr'.* has: default"),
         (HF, ["objective.preset=opd", "teachers.default.contxt=hint"], "teachers.default.contxt: unknown key|'contxt'"),

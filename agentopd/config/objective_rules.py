@@ -62,7 +62,7 @@ def _inputs(blocks: Blocks) -> Iterator[str]:
     if source in ("mixed", "offline") and anchor.kind != "none":
         yield f"source {source!r} takes no anchor: leave it out"
     if source == "offline" and (divergence != "sampled_pg" or blocks.verifier.kind not in ("none", "absolute")):
-        yield "source 'offline' stores one rollout a prompt with sampled log-probs: it needs divergence 'sampled_pg'"
+        yield "source 'offline' stores log-probs of the sampled tokens: it needs divergence 'sampled_pg', and no group"
     if blocks.alignment.kind != "same":
         yield from _across(blocks)
         if blocks.router.kind != "uniform" or blocks.weights != Weights() or blocks.needs_reference:
@@ -122,6 +122,8 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
     beside = isinstance(blocks.anchor, TeacherAnchor) and _moved(blocks.anchor, "prompt_share", "filter_correct")
     if blocks.source.kind == "teacher" and beside:
         yield "anchor.prompt_share and filter_correct choose rollouts beside the student's; here source decides"
+    if blocks.source.kind == "gold" and isinstance(blocks.anchor, GoldNLL) and _moved(blocks.anchor, "prompts"):
+        yield "anchor.prompts chooses among the student's prompts, and source is 'gold': leave it out"
     if stabiliser.phi == "off" and _moved(stabiliser, "phi_scale", "phi_target"):
         yield "stabiliser.phi_scale and phi_target belong to phi, which is 'off': leave them out"
     if stabiliser.phi != "off" and stabiliser.phi_target != "anchor" and not isinstance(blocks.divergence, SampledPG):

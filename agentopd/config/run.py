@@ -33,7 +33,7 @@ class RolloutConfig(Section):
     vllm: VLLMConfig = VLLMConfig()
     """Of ``vllm`` alone."""
     group_size: int = Field(4, ge=1)
-    """Episodes per prompt."""
+    """Episodes per prompt, whoever plays them. Gold is played once: copies of one trajectory weigh as much as one."""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     batch_size: int = Field(256, ge=1)
@@ -131,6 +131,11 @@ class TrackingConfig(Section):
     """What a run writes besides ``metrics.jsonl``."""
 
     tensorboard: bool = False
+    """Under ``RUN/tensorboard``."""
+    wandb: bool = False
+    """Weights & Biases, under ``RUN/wandb``; offline unless ``WANDB_MODE`` says otherwise."""
+    trackio: bool = False
+    """In trackio's own local folder."""
     episodes_per_step: int = Field(4, ge=0)
     """Episodes kept for the report at each step (the first of each skill first)."""
 
@@ -215,14 +220,24 @@ class RunConfig(Section):
             )
             idle = "[judge] grades by rubrics, and this objective has none: leave it out"
             raise ValueError(lacking if self.judge is None else idle)
+        self._views_have_effect()
+        return self
+
+    def _views_have_effect(self) -> None:
+        """What a teacher is shown matters where it scores; where it acts, it is shown what the student would be."""
+        stages = list(self.objective.every_stage())
         for name, teacher in self.teachers.items():
             if not isinstance(teacher, TeacherConfig):
                 continue
-            if teacher.context != "student" and not any(
-                blocks.needs_teacher for blocks in self.objective.every_stage()
-            ):
-                raise ValueError(f"teachers.{name}.context changes what is scored, and this objective scores nothing")
-        return self
+            moved = {"context": teacher.context != "student", "misread_share": teacher.misread_share > 0}
+            for key in (key for key, is_moved in moved.items() if is_moved):
+                if not any(blocks.needs_teacher for blocks in stages):
+                    raise ValueError(f"teachers.{name}.{key} changes what is scored, and this objective scores nothing")
+            if moved["misread_share"] and any(blocks.needs_teacher_rollouts for blocks in stages):
+                raise ValueError(
+                    f"teachers.{name}.misread_share does not reach the teacher's own rollouts, which this objective "
+                    "trains on: set source 'student' and anchor 'none'"
+                )
 
     def _rollouts_can_be_stored(self, blocks: Blocks) -> None:
         """Stored rollouts are made once: the tasks must be finite, and nothing may depend on the current student."""

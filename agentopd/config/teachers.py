@@ -22,6 +22,9 @@ class TeacherConfig(Section):
     batch_tokens: int = Field(16384, ge=256)
     context: Literal["student", "hint", "solution", "trajectory"] = "student"
     """What its prompt holds: what the student saw, or also the task's privileged hint, solution or gold trajectory."""
+    misread_share: float = Field(0.0, ge=0, le=1)
+    """For robustness studies: the share of tasks, chosen by their hashes, on which it is shown another task of the
+    skill instead, so that it is confident and wrong."""
     base: str | None = None
     """This teacher's model before its own training: what ``reference.policy = "teacher_base"`` reads."""
 

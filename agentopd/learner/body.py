@@ -25,7 +25,7 @@ def hidden_states(model: Any, input_ids_BT: Tensor, row_N: Tensor, position_N: T
     Rows are packed, or right-padded for a model that cannot be: under causal attention padding cannot reach a token
     before it, so no mask is needed.
     """
-    if not len(row_N) or not packs(model):
+    if not packs(model):
         return _padded_states(model, input_ids_BT)[row_N, position_N - 1]
     length_B = torch.zeros(len(input_ids_BT), dtype=torch.int64, device=row_N.device)
     packed = pack(input_ids_BT, length_B.scatter_reduce(0, row_N, position_N, "amax").tolist())

@@ -90,11 +90,11 @@ def first_ids(
     The same token where both have it, else the first that ``encode`` gives for its text, else the longest that fits.
     """
     ours, table = _by_bytes(student), shared_ids(student, teacher)
-    for index in np.flatnonzero(table < 0):
+    for index in np.flatnonzero(table < 0).tolist():
         if piece := teacher[index]:
-            first = next(iter(encode(piece.decode(errors="ignore"))), None)
-            begins = first is not None and piece.startswith(student[first] or piece + b"?")
-            table[index] = first if begins else _longest(piece, ours)
+            first = next(iter(encode(piece.decode(errors="ignore"))), -1)
+            begun = student[first] if first >= 0 else None
+            table[index] = first if begun and piece.startswith(begun) else _longest(piece, ours)
     return table
 
 

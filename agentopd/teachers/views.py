@@ -21,6 +21,8 @@ from agentopd.rendering.templates import ChatRenderer, assistant_text
 from agentopd.types import Episode, Message, Task, ToolSchema, Turn
 
 Privilege = Literal["hint", "solution", "trajectory"]
+Misread = Callable[[str, Task], Task]
+"""The task that a teacher takes a skill's task for."""
 ToolsOf = Callable[[str, Task], tuple[ToolSchema, ...]]
 """The tools a skill's environment offers on a task."""
 
@@ -44,6 +46,7 @@ class Opening:
     student: ChatRenderer
     tools: ToolsOf
     privilege: Privilege | None = None
+    misread: Misread | None = None
 
     def messages(self, task: Task, episode: Episode) -> tuple[tuple[Message, ...], tuple[ToolSchema, ...]]:
         """Opening messages and tools. Raises ``TaskError`` unless the student's prompt can be told from the task."""
@@ -53,7 +56,8 @@ class Opening:
                 f"environment {task.env!r} opens task {task.id!r} with messages other than its prompt; a teacher "
                 "with a prompt of its own (privileged, or of another tokenizer) needs them to be the same"
             )
-        return (task.prompt if self.privilege is None else self._with_note(task, self.privilege)), tools
+        seen = task if self.misread is None else self.misread(episode.skill, task)
+        return (seen.prompt if self.privilege is None else self._with_note(seen, self.privilege)), tools
 
     def _with_note(self, task: Task, privilege: Privilege) -> tuple[Message, ...]:
         """The prompt with the privileged text in front of its first user message."""
@@ -67,6 +71,25 @@ class Opening:
         message = task.prompt[first]
         noted = message.model_copy(update={"content": f"{note}\n\n{message.content}"})
         return (*task.prompt[:first], noted, *task.prompt[first + 1 :])
+
+
+@dataclass(frozen=True)
+class Misreading:
+    """Takes a share of the tasks for another one of their skill; which and for which follows from the task's hash."""
+
+    share: float
+    others: Callable[[str], Sequence[Task]]
+    """Tasks of a skill to choose from."""
+
+    def __call__(self, skill: str, task: Task) -> Task:
+        """The task itself, or another one. Raises ``TaskError`` where the skill has no other prompt."""
+        digest = int(task.hash, 16)
+        if digest % 1000 >= round(1000 * self.share):
+            return task
+        others = [other for other in self.others(skill) if other.prompt != task.prompt]
+        if not others:
+            raise TaskError(f"skill {skill!r} has no task to take {task.id!r} for: set misread_share = 0")
+        return others[digest // 1000 % len(others)]
 
 
 def privileged_text(task: Task, privilege: Privilege, renderer: ChatRenderer) -> str:

@@ -65,7 +65,7 @@ class RepoRepairEnvironment(ToolEnvironment):
 
     @classmethod
     def wrong_turns(cls, task: Task) -> Iterable[tuple[Message, ...]]:
-        """An early exit, a patched test runner, and the solution that is never handed in."""
+        """An early exit, a patched runner, the solution never handed in; a fit to the test shown (``micro``)."""
         path = task.public["editable"][0]
         first = task.public["files"][path].splitlines()[0]
         for attack in (
@@ -74,6 +74,7 @@ class RepoRepairEnvironment(ToolEnvironment):
         ):
             yield tool_turn("edit", path=path, old=first, new=f"{attack}\n{first}"), tool_turn("submit")
         yield (*task.privileged.trajectory[:-1], Message(role="assistant", content="Fixed."))
+        yield from micro.wrong_turns(task) if task.source.dataset == micro.SOURCE.dataset else ()
 
     def setup(self) -> None:
         """The files as they are shipped."""

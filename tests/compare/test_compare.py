@@ -19,7 +19,8 @@ from agentopd.config import dump_toml
 from agentopd.console import make_console
 from agentopd.errors import ConfigError, UserError
 from agentopd.evaluation.metrics import EvalResult, score_skill
-from agentopd.tracking import JsonlTracker, Provenance, RunDirectory
+from agentopd.trackers import JsonlTracker
+from agentopd.tracking import Provenance, RunDirectory
 from agentopd.types import Verdict, VerdictStatus
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from agentopd.evaluation.metrics import EvalResult, score_skill
-from agentopd.tracking import JsonlTracker, KeptEpisode, Provenance, RunDirectory, Session
+from agentopd.trackers import JsonlTracker
+from agentopd.tracking import KeptEpisode, Provenance, RunDirectory, Session
 from agentopd.types import (
     Episode,
     Flag,

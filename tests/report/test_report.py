@@ -179,7 +179,10 @@ def long_run(run, num_episodes):
 
 @pytest.mark.parametrize(
     "num_episodes",
-    [pytest.param(4000, marks=pytest.mark.slow), pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.long])],
+    [
+        pytest.param(4000, marks=pytest.mark.slow),
+        pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]),
+    ],
 )
 def test_a_long_run_is_sampled_and_says_so(finished, num_episodes):
     long_run(finished, num_episodes)

@@ -13,7 +13,7 @@ from agentopd.objective.alignment import align_bytes
 from agentopd.rendering import ChatRenderer, HermesJSON
 from agentopd.rendering.pieces import token_bytes
 from agentopd.teachers.local import LocalTeacher
-from agentopd.teachers.views import CrossTokenizerView, Opening, PrivilegedView
+from agentopd.teachers.views import CrossTokenizerView, Misreading, Opening, PrivilegedView
 from agentopd.types import Episode, Message, Privileged, StopReason, Task, ToolSchema, Turn
 from tests.tiny import CONTROL, byte_bpe, qwen3
 
@@ -208,3 +208,24 @@ def test_bytes_that_are_no_text_do_not_end_the_alignment(renderers, task):
     shown = view.show(task, mine)
     answer = score(LocalTeacher("t", qwen3(len(teacher.tokenizer))), shown, 10_000)
     assert (view.read(mine, shown, answer).segments >= 0).all()
+
+
+def test_a_misreading_teacher_is_shown_another_task_on_its_share_of_them(renderers, task):
+    student, _ = renderers
+
+    def asking(number):
+        message = Message(role="user", content=f"What is {number} + 4?")
+        return task.model_copy(update={"id": f"t{number}", "prompt": (message,)})
+
+    tasks = [asking(number) for number in range(90)]
+    misread = Misreading(1 / 3, lambda skill: tasks[:8])
+    taken = [misread("store", one) for one in tasks]
+    wrong = [one for one, seen in zip(tasks, taken, strict=True) if seen != one]
+    assert 15 < len(wrong) < 45 and taken == [misread("store", one) for one in tasks]
+    view = PrivilegedView(Opening(student, lambda skill, task: TOOLS, misread=misread))
+    for one, seen in zip(tasks[:12], taken, strict=False):
+        mine = episode(student, one)
+        shown = view.show(one, mine)
+        assert shown.turns == mine.turns and shown.prompt_ids == tuple(student.open(seen.prompt, TOOLS))
+    with pytest.raises(TaskError, match="misread_share = 0"):
+        Misreading(1.0, lambda skill: [task])("store", task)

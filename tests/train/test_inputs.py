@@ -78,7 +78,8 @@ def test_stored_rollouts_are_scored_once_and_guarded(one_skill, small, tmp_path)
     more = ("objective.preset=lightning_opd", f"objective.source.path={store}", "suite.skills.store.num_train_tasks=8")
     first = run(one_skill, small("train.steps=2", *more, name="first"))
     evidence = sorted(store.rglob("*.npz"))
-    assert len(evidence) == 8 and len(list(store.rglob("*.jsonl"))) == 8
+    assert 8 <= len(evidence) <= 16 and len(list(store.rglob("*.jsonl"))) == 8  # equal episodes share their evidence
+    assert metrics(first)[0]["rollout/episodes"] == 6 * 2
     stamps = [path.stat().st_mtime_ns for path in evidence]
     second = run(one_skill, small("train.steps=2", *more, name="second"))
     assert [path.stat().st_mtime_ns for path in evidence] == stamps

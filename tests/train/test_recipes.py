@@ -37,6 +37,8 @@ def test_every_recipe_trains(recipe, small, honest_server):
         blocks = config.objective.at(done / steps)
         assert math.isfinite(row["loss/total"])
         assert row.get("learner/grad_norm", 0.0) >= 0
+        if blocks.source.kind in ("student", "offline") or blocks.source.model_dump().get("filter_correct") is False:
+            assert row["rollout/episodes"] == 3 * config.rollout.group_size
         if blocks.needs_teacher:
             special = row.get("distill/masked_special", 0.0)
             unaligned = blocks.alignment.kind != "same" or blocks.masks.suffix != "off"

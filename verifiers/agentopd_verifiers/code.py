@@ -11,16 +11,16 @@ import hashlib
 import random
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, Sandbox, SandboxLimits
 from agentopd.errors import SandboxError, TaskError, boundary
-from agentopd.types import Episode, Flag, StepCertificate, Task, VerdictStatus
+from agentopd.types import Episode, Flag, StepCertificate, Task, Verdict, VerdictStatus
 from agentopd_verifiers import hardcode
 from agentopd_verifiers.compare import COMPARATORS, matches
-from agentopd_verifiers.diff import DEFAULT_BUDGET, Patch, Penalty, gated_reward, patch_penalty
+from agentopd_verifiers.diff import DEFAULT_BUDGET, Patch, Penalty, gated_reward, patch_penalty, penalty
 from agentopd_verifiers.edits import MAX_EDITS, edit_steps, find_edits
 from agentopd_verifiers.files import compare_files
 from agentopd_verifiers.judge import Finding, JudgingVerifier, PatchError, hidden_field
@@ -28,6 +28,9 @@ from agentopd_verifiers.plain import decode_plain
 from agentopd_verifiers.steps import certify
 
 CACHED_PROGRAMS = 2048
+COST = ("diff_cost", "diff_other")
+"""Components that add up to a patch's cost."""
+REFERENCE, SIBLING = "diff_reference", "sibling"
 _STATUS = {
     CaseStatus.TIMEOUT: VerdictStatus.TIMEOUT,
     CaseStatus.RESOURCE: VerdictStatus.RESOURCE,
@@ -67,6 +70,8 @@ class CodeVerifier(JudgingVerifier):
     name: ClassVar[str] = "code"
     version: ClassVar[str] = "1"
     needs_sandbox: ClassVar[bool] = True
+    priced: ClassVar[bool] = True
+    """Whether a large patch costs reward."""
 
     def __init__(self, limits: SandboxLimits | None = None) -> None:
         self._limits = limits
@@ -92,16 +97,28 @@ class CodeVerifier(JudgingVerifier):
         before = None if passed or not starter else await self._outcomes(task, starter, tests, sandbox)
         p = 1.0 if passed else progress(tests, mine, before)
         cost = patch_penalty(starter, program, gold, _budget(task), touched.lines) if starter else None
+        price = cost[0].total if cost and self.priced else 0.0
         outcome = float(passed)
         return Finding(
             outcome,
             VerdictStatus.TAMPERED if tampered else _status(mine, passed),
-            reward=0.0 if tampered else gated_reward(passed, p, cost[0].total if cost else 0.0),
-            components=_components(mine, outcome, p, cost),
+            reward=0.0 if tampered else gated_reward(passed, p, price),
+            components=_components(mine, outcome, p, cost, touched.lines),
             certificates=[] if tampered else await self._certificates(task, episode, tests, sandbox, passed),
             flags=[*_flags(mine, tests, program, starter, gold), *touched.flags()],
             detail="" if passed else f"{sum(mine.passed.values())} of {len(tests)} cases pass",
         )
+
+    def compare(self, task: Task, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """Without gold, passing patches of one group are measured against the smallest of them, not the budget.
+
+        A verdict that was measured so carries what it was measured against, and so stands for its group.
+        """
+        known = [v.components["diff_free"] for v in verdicts if v.provenance.get(REFERENCE) == SIBLING]
+        known += [sum(v.components[key] for key in COST) for v in verdicts if v.passed and COST[0] in v.components]
+        if not self.priced or task.hidden.get("gold") is not None or not known:
+            return list(verdicts)
+        return [_measured_against(min(known), v) if v.passed and COST[0] in v.components else v for v in verdicts]
 
     async def _certificates(
         self, task: Task, episode: Episode, tests: list[Test], sandbox: Sandbox, passed: bool
@@ -142,6 +159,13 @@ class CodeVerifier(JudgingVerifier):
             running = self._running[key] = asyncio.ensure_future(run())
             running.add_done_callback(lambda _: self._running.pop(key, None))
         return await asyncio.shield(running)
+
+
+class AnySizeCodeVerifier(CodeVerifier):
+    """The same without the price of a large patch, which is still measured."""
+
+    name: ClassVar[str] = "code_any_size"
+    priced: ClassVar[bool] = False
 
 
 async def run_tests(
@@ -244,7 +268,24 @@ def _status(mine: Outcomes, passed: bool) -> VerdictStatus:
     return Counter(failures).most_common(1)[0][0]
 
 
-def _components(mine: Outcomes, outcome: float, p: float, cost: tuple[Penalty, Patch] | None) -> dict[str, float]:
+def _measured_against(free: float, verdict: Verdict) -> Verdict:
+    """A passing verdict with its patch's size priced above ``free`` lines."""
+    found = verdict.components
+    size = penalty(sum(found[key] for key in COST), free, 0, 0).size
+    price = Penalty(size, found["penalty_complexity"], found["penalty_unrelated"])
+    changed = {"penalty": price.total, "penalty_size": size, "diff_free": free}
+    return verdict.model_copy(
+        update={
+            "reward": gated_reward(True, 1.0, price.total),
+            "components": found | changed,
+            "provenance": verdict.provenance | {REFERENCE: SIBLING},
+        }
+    )
+
+
+def _components(
+    mine: Outcomes, outcome: float, p: float, cost: tuple[Penalty, Patch] | None, other_lines: int
+) -> dict[str, float]:
     found = {
         "pass": outcome,
         "p": p,
@@ -263,6 +304,7 @@ def _components(mine: Outcomes, outcome: float, p: float, cost: tuple[Penalty, P
         "diff_tokens": float(patch.tokens),
         "diff_ast": float(patch.nodes),
         "diff_cost": patch.cost,
+        "diff_other": float(other_lines),
         "diff_parsed": float(patch.parsed),
     }
 

@@ -11,6 +11,7 @@
       if (link.hash === "#" + current.id) {
         link.setAttribute("aria-current", "page");
         document.title = link.textContent + " · " + name;
+        link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 40;
       } else link.removeAttribute("aria-current");
     }
     hideTip();

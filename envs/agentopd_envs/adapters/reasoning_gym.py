@@ -70,7 +70,7 @@ class ReasoningGym(SingleTurnEnvironment):
         if not found:
             return Verdict(outcome=0.0, status=VerdictStatus.NO_ANSWER, reward=0.0, detail="no <answer>")
         answer = found[-1].strip()
-        if len(answer) > MAX_CHARS or (_evaluates(type(dataset)) and not harmless(answer)):
+        if len(answer) > MAX_CHARS or (_evaluates(hidden["generator"]) and not harmless(answer)):
             return Verdict(outcome=0.0, status=VerdictStatus.FORMAT, reward=0.0, detail="not plain data or arithmetic")
         raw = _score(dataset, answer, entry)
         right = raw == 1.0
@@ -148,11 +148,14 @@ def _chunk(name: str, seed: int) -> _Chunk:
 
 
 @lru_cache(maxsize=256)
-def _evaluates(dataset: type) -> bool:
-    """Whether a scorer hands the answer to an evaluator, by its source."""
+def _evaluates(name: str) -> bool:
+    """Whether the scorer of a generator hands the answer to an evaluator, by its source."""
+    from reasoning_gym.factory import DATASETS
+
+    dataset, _ = DATASETS[name]
     module = inspect.getmodule(dataset)
     uses_sympy = "sympy" in inspect.getsource(module) if module else True
-    source = inspect.getsource(dataset.score_answer)  # type: ignore[attr-defined]
+    source = inspect.getsource(dataset.score_answer)
     return any("eval(" in hit or "exec(" in hit or uses_sympy for hit in _EVALUATES.findall(source))
 
 

@@ -219,6 +219,16 @@ def tasks(split: Split, limit: int | None, seed: int) -> Iterator[Task]:
         yield _task(problem, task_id, split, seed)
 
 
+def wrong_turns(task: Task) -> tuple[tuple[Message, ...], ...]:
+    """A fit to the one test that is shown."""
+    shown = task.public["files"][task.public["tests"][0].partition("::")[0]]
+    name, value = re.findall(r"assert (\w+)\(.*\) == (.*)", shown)[0]
+    front = task.public["editable"][1]
+    last = task.public["files"][front].splitlines()[-1]
+    fit = f"{last}\n\n\ndef {name}(*args):\n    return {value}"
+    return ((tool_turn("edit", path=front, old=last, new=fit), tool_turn("submit")),)
+
+
 def _core(problem: Problem) -> object:
     return problem.template, problem.bug, problem.numbers
 
