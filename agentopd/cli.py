@@ -250,6 +250,21 @@ def sandbox_check(
     commands.sandbox_check(backends or [], as_json, plain)
 
 
+@app.command()
+def serve(
+    model: str,
+    kind: Annotated[str, typer.Option("--kind", help="hf, or vllm where it is installed.")] = "hf",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
+    top_k: Annotated[int, typer.Option("--top-k", help="Most ids per token that vLLM is asked for.")] = 64,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 8100,
+) -> None:
+    """Serve a teacher to runs on other machines, for `kind = "served"`. Keep it on a private network."""
+    from agentopd import commands
+
+    commands.serve(commands.ServeOptions(model, kind, dtype, top_k, host, port))
+
+
 @sandbox_app.command("prune")
 def sandbox_prune() -> None:
     """Remove what runs that were killed left behind."""

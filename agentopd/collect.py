@@ -33,13 +33,13 @@ async def collect(run: Run, drawn: Sequence[Drawn]) -> tuple[list[Judged], list[
     return await _student(run, mine), await _SOURCES[source.other](run, others)
 
 
-async def collect_beside(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
-    """Gold or teacher trajectories that only the anchor reads, beside the student's own; [] where there is no such."""
+async def collect_beside(run: Run, drawn: Sequence[Drawn], own: Sequence[Judged]) -> list[Judged]:
+    """Gold or teacher trajectories that only the anchor reads, beside the student's ``own``; [] where none."""
     blocks = run.blocks
     if blocks.source.kind != "student" or anchor_coef(blocks.anchor, run.progress) == 0:
         return []
     if isinstance(blocks.anchor, GoldNLL):
-        return await _gold(run, drawn)
+        return await _gold(run, drawn if blocks.anchor.prompts == "all" else unsolved(drawn, own))
     assert isinstance(blocks.anchor, TeacherAnchor)
     chosen = phased_prompts(drawn, blocks.anchor.prompt_share, run.step)
     return _kept(await _teacher(run, chosen), blocks.anchor.filter_correct)
@@ -50,6 +50,13 @@ def phased_prompts(drawn: Sequence[Drawn], share: float, step: int) -> list[Draw
     size = math.ceil(share * len(drawn))
     order = sorted(range(len(drawn)), key=lambda i: stable_seed("phased", step, drawn[i].skill, drawn[i].task.id))
     return [drawn[i] for i in sorted(order[:size])]
+
+
+def unsolved(drawn: Sequence[Drawn], judged: Sequence[Judged]) -> list[Drawn]:
+    """The prompts of which at least one rollout was judged and none passed, in the order drawn."""
+    tried = {episode.task_hash for episode, verdict in judged if verdict.outcome is not None}
+    solved = {episode.task_hash for episode, verdict in judged if verdict.passed}
+    return [item for item in drawn if item.task.hash in tried - solved]
 
 
 def student_answers(drawn: Sequence[Drawn], share: float, step: int) -> tuple[list[Drawn], list[Drawn]]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Column, Table
 
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
     from agentopd.evaluation.retention import RetentionMatrix
     from agentopd.runs import Run
     from agentopd.sandboxing import BackendReport
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What ``agentopd serve`` serves, and where."""
+
+    model: str
+    kind: str
+    dtype: str
+    top_k: int
+    host: str
+    port: int
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ async def _evaluate(
     skills = load_skills(load_suite(suite_path))
     student = build_policy(model, "auto", RolloutConfig()) if model is not None else None
     tasks = heldout_tasks(skills.values(), options.limit, options.seed)
-    judge = Judge(skills.values(), build_sandbox(SandboxConfig()))
+    judge = Judge(skills.values(), build_sandbox(SandboxConfig(), skills.values()))
     try:
         await judge.start((name, found[0]) for name, found in tasks.items())
         with progress(console, "evaluating", sum(map(len, tasks.values())) * (options.k if student else 1)) as advance:
@@ -299,6 +311,27 @@ def sandbox_prune() -> None:
 
     for name, gone in prune().items():
         print(f"{name}: {gone if isinstance(gone, str) else ', '.join(gone) or 'nothing to remove'}")
+
+
+def serve(options: ServeOptions) -> None:
+    """``agentopd serve``: until it is interrupted."""
+    from agentopd.serving import serve_teacher
+
+    kinds: dict[str, Literal["hf", "vllm"]] = {"hf": "hf", "vllm": "vllm"}
+    for name, value, known in (
+        ("kind", options.kind, tuple(kinds)),
+        ("dtype", options.dtype, ("auto", "bfloat16", "float32")),
+    ):
+        if value not in known:
+            raise UserError(f"--{name} {value!r}: choose one of {', '.join(known)}")
+    server = serve_teacher(options.model, kinds[options.kind], options.dtype, options.top_k, options.host, options.port)
+    print(f"serving {options.model} at {server.base_url}", flush=True)
+    try:
+        server.wait()
+    except KeyboardInterrupt:
+        print("stopping")
+    finally:
+        server.close()
 
 
 def sandbox_image(source: str) -> None:

@@ -258,8 +258,15 @@ class Engine(Protocol):
         """Sample one continuation per request, in order."""
         ...
 
-    def sync_weights(self, version: int) -> None:
-        """Make the learner's current weights the ones sampled from."""
+    def sync_weights(self, version: int) -> dict[str, float]:
+        """Make the learner's current weights the ones sampled from; returns what it measured on the way, by metric.
+
+        Raises ``EngineError`` where the engine cannot be shown to have them.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Free what only sampling needs. The next call is ``sync_weights``."""
         ...
 
     async def aclose(self) -> None:

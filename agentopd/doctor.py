@@ -6,21 +6,30 @@ To add a check: write a function from a config to diagnoses and put it into ``CH
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from agentopd.build import load_skills
 from agentopd.certify.certificate import how_to_validate, is_certified
 from agentopd.config import RunConfig
+from agentopd.config.teachers import ServedTeacherConfig, TeacherConfig
+from agentopd.contracts import Teacher
 from agentopd.errors import AgentOPDError
-from agentopd.models import check_same_vocabulary, load_tokenizer
+from agentopd.models import check_same_vocabulary, load_tokenizer, vocabulary_hash
 from agentopd.registry import tool_codecs
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
-from agentopd.types import ToolCall
+from agentopd.teachers.served import ServedTeacher
+from agentopd.types import Episode, StopReason, ToolCall, Turn
 
 Level = Literal["ok", "warn", "fail"]
+_COPIES, _SPREAD = 8, 0.1
+"""Times a sequence is scored at once; what rounding in bfloat16 may make of a token's log-prob, in nats."""
+_PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,48 @@ def vocabulary(config: RunConfig) -> Iterable[Diagnosis]:
     """Teachers have the student's tokens."""
     student = load_tokenizer(config.model.student)
     for name, teacher in config.teachers.items():
+        if not isinstance(teacher, TeacherConfig):
+            continue
         check_same_vocabulary(student, load_tokenizer(teacher.model), name)
         yield Diagnosis("vocabulary", "ok", f"teacher {name!r} has the student's {len(student)} tokens")
+
+
+def served_teachers(config: RunConfig) -> Iterable[Diagnosis]:
+    """Teachers on other machines are there, know the student's tokens, and agree with themselves."""
+    tokenizer = load_tokenizer(config.model.student)
+    for name, chosen in config.teachers.items():
+        if isinstance(chosen, ServedTeacherConfig):
+            patient = chosen.model_copy(update={"outage_s": _PATIENCE_S})
+            teacher = ServedTeacher(name, patient, vocabulary_hash(tokenizer))
+            spread = asyncio.run(self_disagreement(teacher, len(tokenizer)))
+            told = f"{name!r} scores one sequence {_COPIES} times at once within {spread:.2g} nat"
+            level: Level = "ok" if spread <= _SPREAD else "fail"
+            yield Diagnosis("served teacher", level, told if level == "ok" else f"{told}; {_SPREAD:g} is the bound")
+
+
+async def self_disagreement(teacher: Teacher, vocab_size: int) -> float:
+    """Largest difference in a token's log-prob when one sequence is scored several times at once, among others."""
+    rng = np.random.default_rng(0)
+
+    def episode(length: int) -> Episode:
+        ids = tuple(int(x) for x in rng.integers(0, vocab_size, length))
+        turn = Turn(token_ids=ids[8:], rollout_logprobs=(0.0,) * (length - 8))
+        return Episode(
+            id="doctor",
+            task_id="",
+            task_hash="",
+            env="",
+            split="train",
+            prompt_ids=ids[:8],
+            turns=(turn,),
+            stop_reason=StopReason.COMPLETED,
+        )
+
+    same, others = episode(64), [episode(16 + 8 * i) for i in range(_COPIES)]
+    asked = [item for other in others for item in (same, other)]
+    answers = await asyncio.gather(*(teacher.score([item], 0) for item in asked))
+    logprobs_CN = np.stack([found.teacher_logprobs for (found,) in answers[::2]])
+    return float(np.ptp(logprobs_CN, axis=0).max())
 
 
 def certificates(config: RunConfig) -> Iterable[Diagnosis]:
@@ -86,4 +135,4 @@ def certificates(config: RunConfig) -> Iterable[Diagnosis]:
         yield Diagnosis("certificate", "ok" if certified else "fail", f"{name}: {'certified' if certified else todo}")
 
 
-CHECKS: tuple[Check, ...] = (chat_template, vocabulary, certificates)
+CHECKS: tuple[Check, ...] = (chat_template, vocabulary, served_teachers, certificates)

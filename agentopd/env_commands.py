@@ -136,7 +136,8 @@ async def _validate(skills: list[Skill], lenient: bool) -> tuple[list[Certificat
     try:
         for skill in skills:
             try:
-                certificates.append(await validate(skill, sandbox))
+                # One that needs libraries gets a sandbox of its own: the others are proven without them.
+                certificates.append(await validate(skill, None if getattr(skill.env, "libraries", ()) else sandbox))
             except ConfigError as exc:
                 if not lenient:
                     raise

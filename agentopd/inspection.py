@@ -4,61 +4,67 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
 
-import numpy as np
-import torch
+from torch import Tensor
 
-from agentopd.batching import verdict_signs
+from agentopd.batching import mask_reasons, reason_to_leave_out
 from agentopd.config.objective import Blocks
 from agentopd.contracts import ScoredEpisode
-from agentopd.objective.routers import shown_weight
+from agentopd.objective.guidance import Guidance
+from agentopd.objective.streams import Batch
 from agentopd.runs import Run
 from agentopd.tracking import KeptEpisode
 from agentopd.types import Task
 
 
-def keep_episodes(run: Run, blocks: Blocks, scored: Sequence[ScoredEpisode], tasks: Mapping[str, Task]) -> None:
-    """Write ``tracking.episodes_per_step`` episodes of the step just taken, over skills, passes and failures in turn.
+def inspect(
+    run: Run, blocks: Blocks, scored: Sequence[ScoredEpisode], batch: Batch, tasks: Mapping[str, Task]
+) -> list[KeptEpisode]:
+    """``tracking.episodes_per_step`` episodes of the step about to be taken, as the learner sees them before it.
 
-    ``blocks`` are those the step trained with.
+    ``batch`` begins with the rows of ``scored``. Only the process with the run directory keeps any.
     """
-    if run.directory is not None and run.config.tracking.episodes_per_step:
-        chosen = choose(scored, run.config.tracking.episodes_per_step)
-        run.directory.keep_episodes(run.step, [inspected(run, blocks, item, tasks) for item in chosen])
+    if run.directory is None:
+        return []
+    left_out = [reason_to_leave_out(item, blocks) for item in scored]
+    row_of = list(accumulate((not reason for reason in left_out), initial=0))
+    chosen = choose(scored, run.config.tracking.episodes_per_step)
+    rows = [row_of[index] for index in chosen if not left_out[index]]
+    seen = iter(run.learner.inspect(batch.select_rows(rows)))
+    return [
+        _kept(run, blocks, scored[index], tasks)
+        if left_out[index]
+        else _kept(run, blocks, scored[index], tasks, next(seen))
+        for index in chosen
+    ]
 
 
-def choose(scored: Sequence[ScoredEpisode], num: int) -> list[ScoredEpisode]:
-    """Up to ``num`` episodes, round-robin over (skill, passed), so that every kind is seen."""
-    kinds: dict[tuple[str, bool], list[ScoredEpisode]] = defaultdict(list)
-    for item in scored:
-        kinds[item.episode.skill, item.verdict.passed].append(item)
-    chosen: list[ScoredEpisode] = []
+def choose(scored: Sequence[ScoredEpisode], num: int) -> list[int]:
+    """Indices of up to ``num`` episodes, round-robin over (skill, passed), so that every kind is seen."""
+    kinds: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    for index, item in enumerate(scored):
+        kinds[item.episode.skill, item.verdict.passed].append(index)
+    chosen: list[int] = []
     queues = [kinds[key] for key in sorted(kinds)]
     for depth in range(max(map(len, queues), default=0)):
         chosen += [queue[depth] for queue in queues if depth < len(queue)]
     return chosen[:num]
 
 
-def inspected(run: Run, blocks: Blocks, item: ScoredEpisode, tasks: Mapping[str, Task]) -> KeptEpisode:
-    """One episode with decoded tokens, both log-probs, and the router's weight on each sampled token.
-
-    The weight shown is the router's, before caps and budgets; the metrics count those.
-    """
-    episode, evidence = item.episode, item.evidence
-    special = [flag for turn in episode.turns for flag in run.classify(turn.token_ids).special]
-    reasons = tuple("special" if flag and blocks.masks.special_tokens else "" for flag in special)
-    teacher: tuple[float, ...] = ()
-    weights: tuple[float, ...] = ()
-    if evidence is not None:
-        teacher = tuple(evidence.teacher_logprobs.tolist())
-        rollout = np.array([value for turn in episode.turns for value in turn.rollout_logprobs])
-        delta = torch.tensor(evidence.teacher_logprobs - rollout)
-        sigma = torch.from_numpy(verdict_signs(item, blocks)).to(delta)
-        weight = shown_weight(blocks.router, sigma, delta)
-        weights = tuple(0.0 if reason else float(value) for value, reason in zip(weight, reasons, strict=True))
+def _kept(
+    run: Run,
+    blocks: Blocks,
+    item: ScoredEpisode,
+    tasks: Mapping[str, Task],
+    seen: tuple[Tensor, Guidance | None] | None = None,
+) -> KeptEpisode:
+    """One episode with decoded tokens; an episode that ``seen`` says nothing of took no part in the update."""
+    episode = item.episode
     decode, config = run.policy.tokenizer.decode, run.skills[episode.skill].config
     return KeptEpisode(
-        step=run.step,
+        step=run.step + 1,
         skill=episode.skill,
         replay=item.replay,
         episode=episode,
@@ -67,7 +73,28 @@ def inspected(run: Run, blocks: Blocks, item: ScoredEpisode, tasks: Mapping[str,
         environment=config.env,
         verifier=config.verifier or "",
         tokens=tuple(decode([token], skip_special_tokens=False) for token in episode.token_ids),
-        teacher_logprobs=teacher,
-        weights=weights,
-        mask_reasons=reasons,
+        teacher_logprobs=() if item.evidence is None else tuple(item.evidence.teacher_logprobs.tolist()),
+        **_streams(run, blocks, item, seen),
     )
+
+
+def _streams(
+    run: Run, blocks: Blocks, item: ScoredEpisode, seen: tuple[Tensor, Guidance | None] | None
+) -> dict[str, Any]:
+    """The token streams that only the batch and the learner know."""
+    if seen is None:
+        return {"mask_reasons": (reason_to_leave_out(item, blocks),) * item.episode.num_sampled}
+    logprobs_N, guidance = seen
+    found: dict[str, Any] = {"old_logprobs": tuple(logprobs_N.tolist())}
+    if guidance is None:
+        return found
+    reasons = mask_reasons(item, blocks, [run.classify(turn.token_ids) for turn in item.episode.turns])
+    part, weight = guidance.part_N.tolist(), guidance.weight_N.tolist()
+    return found | {
+        "agreement": tuple(guidance.routed.agreement_N.tolist()),
+        "weights": tuple(value if taken else 0.0 for value, taken in zip(weight, part, strict=True)),
+        "mask_reasons": tuple("" if taken else reason or _UNNAMED for reason, taken in zip(reasons, part, strict=True)),
+    }
+
+
+_UNNAMED = "not compared"  # by the learner: below the entropy mask's ratio, or inside a segment of another tokenizer

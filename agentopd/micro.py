@@ -110,7 +110,7 @@ async def _gold(skill: Skill, task: Task, policy: Policy) -> ScoredEpisode:
 
 
 async def _evaluate(recipe: MicroRecipe, stage: StageRecipe, policy: Policy, skills: dict[str, Skill]) -> EvalResult:
-    judge = Judge(skills.values(), build_sandbox(SandboxConfig()))
+    judge = Judge(skills.values(), build_sandbox(SandboxConfig(), skills.values()))
     tasks = heldout_tasks(skills.values(), recipe.eval.tasks_per_skill, recipe.eval.seed)
     try:
         judged = await evaluate_model(policy, skills, tasks, judge, recipe.eval)

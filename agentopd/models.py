@@ -119,6 +119,11 @@ def model_hash(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def vocabulary_hash(tokenizer: Any) -> str:
+    """Digest of what a tokenizer's ids mean."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """Digest of what a tokenizer's ids mean and of its chat template."""
     body = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])

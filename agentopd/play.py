@@ -22,7 +22,7 @@ _CALL = re.compile(r"\s*[A-Za-z_][\w.]*\(.*\)\s*", re.DOTALL)
 async def play(skill: Skill, seed: int, console: Console) -> Verdict:
     """Play the first held-out task under ``seed``; the end of input ends the episode. Returns the verdict."""
     (task,) = skill.tasks("eval", 1, seed)
-    sandbox = build_sandbox(SandboxConfig())
+    sandbox = build_sandbox(SandboxConfig(), [skill])
     judge = Judge([skill], sandbox)
     try:
         await judge.start([(skill.name, task)])

@@ -32,7 +32,7 @@ async def measure(
     """Evaluate every model on the same held-out tasks under the same seeds; the first is the start of the KL."""
     skills = load_skills(suite)
     tasks = heldout_tasks(skills.values(), limit, config.seed)
-    judge = Judge(skills.values(), build_sandbox(SandboxConfig()))
+    judge = Judge(skills.values(), build_sandbox(SandboxConfig(), skills.values()))
     results: list[EvalResult] = []
     start = None
     try:

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from agentopd.build import Judge, Skill, build_sandbox
 from agentopd.config import load_run_config
 from agentopd.config.run import SandboxConfig, SkillConfig
-from agentopd.contracts import Sandbox
 from agentopd.errors import UserError
 from agentopd.registry import environments
 from agentopd.tracking import KeptEpisode, read_jsonl
@@ -37,8 +36,9 @@ async def rejudge(path: Path) -> list[Rejudged]:
     kept = [_parse(file, row) for file in files for row in read_jsonl(file)]
     if not kept:
         raise UserError(f"{str(path)!r} holds no kept episode: give a JSONL file, or a run's episodes folder")
-    sandbox = build_sandbox(_sandbox_config(path))
-    judges = {origin: _judge(*origin, sandbox) for origin in {_origin(item) for item in kept}}
+    skills = {origin: _skill(*origin) for origin in {_origin(item) for item in kept}}
+    sandbox = build_sandbox(_sandbox_config(path), skills.values())
+    judges = {origin: Judge([skill], sandbox) for origin, skill in skills.items()}
     gate = asyncio.Semaphore(64)
 
     async def one(item: KeptEpisode) -> Rejudged:
@@ -66,9 +66,8 @@ def _origin(item: KeptEpisode) -> tuple[str, str, str]:
     return item.episode.skill, item.environment or item.episode.env, item.verifier
 
 
-def _judge(skill: str, env: str, verifier: str, sandbox: Sandbox) -> Judge:
-    config = SkillConfig(name=skill, env=env, verifier=verifier or None)
-    return Judge([Skill(config, environments.get(env))], sandbox)
+def _skill(name: str, env: str, verifier: str) -> Skill:
+    return Skill(SkillConfig(name=name, env=env, verifier=verifier or None), environments.get(env))
 
 
 def _sandbox_config(path: Path) -> SandboxConfig:

@@ -37,17 +37,19 @@ from agentopd.mixture import (
 from agentopd.mixture.embedding import Embed
 from agentopd.models import model_hash, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
-from agentopd.stats import cpu_seconds
+from agentopd.stats import cpu_seconds, resident_mib
 from agentopd.teaching import Teachers, build_teachers
-from agentopd.tracking import Provenance, RunDirectory, Session, Tracker, open_tracker, write_atomic
+from agentopd.trackers import Tracker, open_tracker
+from agentopd.tracking import Provenance, RunDirectory, Session, write_atomic
 from agentopd.types import Task
 
 
 class Clock:
-    """Seconds by phase of one step."""
+    """Seconds by phase of one step, and the memory resident at its end."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.resident: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -57,10 +59,12 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.resident[name] = resident_mib()
 
     def metrics(self) -> dict[str, float]:
-        """``time/<phase>`` in seconds."""
-        return {f"time/{name}": value for name, value in self.seconds.items()}
+        """``time/<phase>`` in seconds and ``memory/<phase>`` in MiB."""
+        seconds = {f"time/{name}": value for name, value in self.seconds.items()}
+        return seconds | {f"memory/{name}": value for name, value in self.resident.items()}
 
 
 @dataclass
@@ -117,7 +121,7 @@ class Run:
         if runtime.rank() == 0:
             directory.resume(Session.now(sys.argv, from_step=run.step))
             run.directory = directory
-            run.tracker = open_tracker(directory, config.tracking.tensorboard, from_step=run.step)
+            run.tracker = open_tracker(directory, config.tracking, from_step=run.step)
         for name in ("base", "teacher"):
             file = directory.eval / f"{name}.json"
             if file.is_file():
@@ -130,7 +134,7 @@ class Run:
         _seed_everything(config)
         skills = load_skills(config.suite)
         policy = build_policy(config.model.student, config.model.dtype, config.rollout)
-        judge = Judge(skills.values(), build_sandbox(config.sandbox))
+        judge = Judge(skills.values(), build_sandbox(config.sandbox, skills.values()))
         teachers = build_teachers(config, policy, skills, judge, root)
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
         model = config.decontamination.embedding_model
@@ -215,7 +219,7 @@ class Run:
                 sessions=(Session.now(sys.argv),),
             )
             self.directory = RunDirectory.create(self.root, dump_toml(config), provenance)
-            self.tracker = open_tracker(self.directory, tensorboard=config.tracking.tensorboard)
+            self.tracker = open_tracker(self.directory, config.tracking)
         self._list_overlaps()
         runtime.barrier()
 

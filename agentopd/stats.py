@@ -14,7 +14,7 @@ from agentopd.types import Episode, Verdict
 
 
 def step_metrics(judged: Sequence[tuple[Episode, Verdict]]) -> dict[str, float]:
-    """Per skill: success, reward, tokens, turns, truncation, repetition, malformed calls, unjudged; over all ranks.
+    """Per skill: success, reward, tokens, turns, truncation, repetition, malformed calls, flags, unjudged; all ranks.
 
     Success and reward average over judged episodes only, the cost of a patch over those that passed; a skill without
     such episodes has no such entry.
@@ -26,7 +26,8 @@ def step_metrics(judged: Sequence[tuple[Episode, Verdict]]) -> dict[str, float]:
             by_skill[skill].append(row)
     metrics: dict[str, float] = {}
     for skill, found in sorted(by_skill.items()):
-        for key in ("success", "reward", "tokens", "turns", "truncated", "repetition", "malformed", "diff_cost"):
+        names = ("success", "reward", "tokens", "turns", "truncated", "repetition", "malformed", "flagged", "diff_cost")
+        for key in names:
             values = [row[key] for row in found if key in row]
             if values:
                 metrics[f"{skill}/{key}"] = sum(values) / len(values)
@@ -45,6 +46,7 @@ def _row(episode: Episode, verdict: Verdict) -> tuple[str, dict[str, float]]:
         "truncated": float(episode.stop_reason.truncated),
         "repetition": float(any(repeats(turn.text) or looping_tail(turn.token_ids) for turn in episode.turns)),
         "malformed": sum(len(turn.malformed) for turn in episode.turns),
+        "flagged": float(bool(verdict.flags)),
     }
     if verdict.outcome is not None and verdict.reward is not None:
         row |= {"success": verdict.outcome, "reward": verdict.reward}
@@ -60,6 +62,11 @@ def cost_metrics(scored: Sequence[ScoredEpisode]) -> dict[str, float]:
     parts = runtime.gather_objects([(teacher, replay)])
     pairs = [pair for part in parts for pair in part]
     return {"teacher/tokens": sum(read for read, _ in pairs), "replay/tokens": sum(played for _, played in pairs)}
+
+
+def resident_mib() -> float:
+    """Memory of this process, in MiB."""
+    return float(psutil.Process().memory_info().rss) / 2**20
 
 
 def cpu_seconds() -> float:

@@ -14,18 +14,26 @@ from agentopd.build import Judge, Policy, Skill
 from agentopd.config.objective import Blocks
 from agentopd.config.objective_data import OfflineSource, SimCT
 from agentopd.config.run import RunConfig
-from agentopd.config.teachers import ChatTeacherConfig, TeacherConfig
+from agentopd.config.teachers import ChatTeacherConfig, ServedTeacherConfig, TeacherConfig
 from agentopd.contracts import Teacher
 from agentopd.demonstrations import Demonstrator
 from agentopd.engines import HFEngine
 from agentopd.learner.head import Head
-from agentopd.models import check_same_vocabulary, load_model, load_tokenizer, model_hash, tokenizer_hash
+from agentopd.models import (
+    check_same_vocabulary,
+    load_model,
+    load_tokenizer,
+    model_hash,
+    tokenizer_hash,
+    vocabulary_hash,
+)
 from agentopd.rendering import ChatRenderer
 from agentopd.rollout import RolloutOptions
 from agentopd.rollout.cache import RolloutCache
 from agentopd.teachers.chat import ChatEndpoint
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.rubric import RubricJudge
+from agentopd.teachers.served import ServedTeacher
 from agentopd.teachers.stored import StoredTeacher, StoreHeader
 from agentopd.teachers.views import CrossTokenizerView, Misreading, Opening, PrivilegedView, View
 from agentopd.types import Task, ToolSchema
@@ -166,10 +174,13 @@ class _Faculty:
         self.base = any(blocks.needs_reference and blocks.reference.policy == "teacher_base" for blocks in stages)
         self._start: Any = None
         self._known: dict[str, list[Task]] = {}
+        self._served: dict[str, ServedTeacher] = {}
 
     def identity(self, key: str) -> str:
         """A teacher's weights, for caches and stores."""
         chosen = self.config.teachers.get(key)
+        if isinstance(chosen, ServedTeacherConfig):
+            return self._served[key].model
         return model_hash(chosen.model if isinstance(chosen, TeacherConfig) else self.config.model.student)
 
     def start(self) -> Any:
@@ -188,6 +199,10 @@ class _Faculty:
         chosen = self.config.teachers[key]
         if isinstance(chosen, ChatTeacherConfig):
             teachers.texts[key] = ChatEndpoint(chosen, self.root / "answers")
+            return
+        if isinstance(chosen, ServedTeacherConfig):
+            vocabulary = vocabulary_hash(self.policy.tokenizer)
+            teachers.by_key[key] = self._served[key] = ServedTeacher(key, chosen, vocabulary)
             return
         model, tokenizer = load_model(chosen.model, chosen.dtype), load_tokenizer(chosen.model)
         if self.alignment is not None:

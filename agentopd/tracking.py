@@ -1,4 +1,4 @@
-"""What a run leaves behind: its directory, its metrics, its kept episodes. Every write is atomic or append-only.
+"""What a run leaves behind: its directory and its kept episodes. Every write is atomic or append-only.
 
 RUN/
   config.toml       the resolved config
@@ -19,12 +19,12 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -57,17 +57,19 @@ class KeptEpisode(VersionedRecord):
     teacher_logprobs: tuple[float, ...] = ()
     old_logprobs: tuple[float, ...] = ()
     """The learner's, at temperature 1; the inspector falls back to the episode's ``rollout_logprobs``."""
+    agreement: tuple[float, ...] = ()
+    """Verdict against teacher, in [-1, 1]: above 0 consensus, below 0 conflict, 0 where either says nothing."""
     weights: tuple[float, ...] = ()
-    """Weight of the teacher term on each token; 0 where it is masked."""
+    """What the teacher's signal is multiplied by, caps and budgets included; 0 where a token takes no part."""
     mask_reasons: tuple[str, ...] = ()
-    """Why a token is out of the teacher term ("special", "truncated", ...), "" where it is in."""
+    """Why a token is out of the teacher term ("special", "suffix", "no_evidence", ...), "" where it is in."""
 
     @model_validator(mode="after")
     def _aligned(self) -> KeptEpisode:
         total, sampled = len(self.episode.token_ids), self.episode.num_sampled
         if len(self.tokens) != total:
             raise ValueError(f"{len(self.tokens)} token strings for {total} token ids")
-        for name in ("teacher_logprobs", "old_logprobs", "weights", "mask_reasons"):
+        for name in ("teacher_logprobs", "old_logprobs", "agreement", "weights", "mask_reasons"):
             stream = getattr(self, name)
             if stream and len(stream) != sampled:
                 raise ValueError(f"{name} has {len(stream)} entries for {sampled} sampled tokens")
@@ -126,7 +128,7 @@ class RunDirectory:
         """Start a run in a new or empty directory. Raises ``UserError`` if it holds files or cannot be written."""
         cls.check_free(path)
         run = cls(Path(path))
-        with _user_errors(run.path):
+        with user_errors(run.path):
             for folder in (run.episodes, run.eval, run.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
             write_atomic(run.config, config_toml)
@@ -138,7 +140,7 @@ class RunDirectory:
     def check_free(cls, path: str | Path) -> None:
         """Raise ``UserError`` if a new run could not be made at ``path``; writes nothing that stays."""
         run = cls(Path(path))
-        with _user_errors(run.path):
+        with user_errors(run.path):
             if run.path.is_dir() and any(run.path.iterdir()):
                 resume = f"continue it with `agentopd resume {path}`, or " if run.config.is_file() else ""
                 raise UserError(
@@ -164,7 +166,7 @@ class RunDirectory:
         Metrics, episodes and evaluations of later steps are dropped, and so is a last metrics line torn by a crash:
         those steps will be written again.
         """
-        with _user_errors(self.path):
+        with user_errors(self.path):
             for log in filter(Path.is_file, (self.metrics, self.events)):
                 kept = [row for row in read_jsonl(log) if row.get("step", 0) <= session.from_step]
                 write_atomic(log, "".join(json.dumps(row) + "\n" for row in kept))
@@ -180,13 +182,13 @@ class RunDirectory:
 
     def record(self, event: Record) -> None:
         """Append an event to ``events.jsonl``."""
-        with _user_errors(self.path), self.events.open("a", encoding="utf-8") as file:
+        with user_errors(self.path), self.events.open("a", encoding="utf-8") as file:
             file.write(event.model_dump_json() + "\n")
 
     def save_eval(self, stage: str, result: Record) -> Path:
         """Write one evaluation as ``eval/<stage>.json`` ("base", "step_000050", "final", "teacher")."""
         path = self.eval / f"{stage}.json"
-        with _user_errors(self.path):
+        with user_errors(self.path):
             write_atomic(path, result.model_dump_json(indent=1) + "\n")
         return path
 
@@ -194,17 +196,24 @@ class RunDirectory:
         """Write the episodes kept of one step, replacing any written before for that step."""
         if episodes:
             lines = "".join(episode.model_dump_json() + "\n" for episode in episodes)
-            with _user_errors(self.path):
+            with user_errors(self.path):
                 write_atomic(self.episodes / f"step_{step:06d}.jsonl", lines)
 
-    def kept_episodes(self) -> Iterator[KeptEpisode]:
-        """Every kept episode, by step. Raises ``UserError`` on a line that is not one."""
+    def kept_episodes(self, at_most: int | None = None) -> Iterator[KeptEpisode]:
+        """Every kept episode, by step, or ``at_most`` so many, evenly spaced. Raises ``UserError`` on a bad line."""
+        total = self.num_kept_episodes() if at_most is not None else 0
+        stride = max(1.0, total / at_most) if at_most else 1.0
+        seen, wanted = 0, 0.0
         for _, file in self.episode_files():
-            for number, row in enumerate(read_jsonl(file), start=1):
-                try:
-                    yield KeptEpisode.model_validate(row)
-                except ValidationError as exc:
-                    raise UserError(f"{file}, line {number}: not a kept episode: {exc.errors()[0]['msg']}") from None
+            for number, line in _lines(file):
+                if seen >= wanted:
+                    wanted += stride
+                    yield _kept_episode(file, number, line)
+                seen += 1
+
+    def num_kept_episodes(self) -> int:
+        """How many there are, without reading what they hold."""
+        return sum(file.read_bytes().count(b"\n") for _, file in self.episode_files())
 
     def episode_files(self) -> list[tuple[int, Path]]:
         """The episode files with their steps, in order."""
@@ -212,97 +221,30 @@ class RunDirectory:
         return sorted((int(match[1]), file) for match, file in matches if match)
 
 
-class Tracker(Protocol):
-    """Where numbers go, once per step."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one optimiser step."""
-        ...
-
-    def close(self) -> None:
-        """Flush and release; idempotent."""
-        ...
-
-
-class JsonlTracker:
-    """Appends one JSON object per step and flushes it, so a crash costs at most a torn last line."""
-
-    def __init__(self, path: Path):
-        with _user_errors(path.parent):
-            self._file = path.open("a", encoding="utf-8")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the step; numbers that are not finite become null."""
-        row = {key: float(value) if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-class TensorBoardTracker:
-    """Scalars for TensorBoard, under ``RUN/tensorboard``. Raises ``UserError`` if it is not installed."""
-
-    def __init__(self, run: RunDirectory, from_step: int = 0):
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # heavy, and optional
-        except ImportError:
-            raise UserError(
-                "tracking.tensorboard = true, but TensorBoard is not installed: "
-                "`pip install tensorboard`, or set tracking.tensorboard = false"
-            ) from None
-        self._writer = SummaryWriter(run.path / "tensorboard", purge_step=from_step + 1 if from_step else None)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add every metric as a scalar."""
-        for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
-
-
-class Trackers:
-    """Several trackers behind one."""
-
-    def __init__(self, *trackers: Tracker):
-        self._trackers = trackers
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log to each."""
-        for tracker in self._trackers:
-            tracker.log(step, metrics)
-
-    def close(self) -> None:
-        """Close each."""
-        for tracker in self._trackers:
-            tracker.close()
-
-
-def open_tracker(run: RunDirectory, tensorboard: bool = False, from_step: int = 0) -> Tracker:
-    """The run's tracker: ``metrics.jsonl``, and TensorBoard where asked for. Raises ``UserError``."""
-    extra = (TensorBoardTracker(run, from_step),) if tensorboard else ()
-    return Trackers(JsonlTracker(run.metrics), *extra)
-
-
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file. A torn last line is left out; any other bad line is a ``UserError``."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.split("\n")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or number == len(lines):  # what follows the last newline was never finished
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as exc:
-            raise UserError(f"{path}, line {number}: not JSON ({exc.msg}): mend or delete that line") from None
-    return rows
+    return [_object(path, number, line) for number, line in _lines(path)] if path.is_file() else []
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The finished lines of a file with their numbers; what follows the last newline was never finished."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return ((number, line) for number, line in enumerate(lines[:-1], start=1) if line.strip())
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError as exc:
+        raise UserError(f"{path}, line {number}: not JSON ({exc.msg}): mend or delete that line") from None
+    return found
+
+
+def _kept_episode(path: Path, number: int, line: str) -> KeptEpisode:
+    try:
+        return KeptEpisode.model_validate(_object(path, number, line))
+    except ValidationError as exc:
+        raise UserError(f"{path}, line {number}: not a kept episode: {exc.errors()[0]['msg']}") from None
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -321,7 +263,8 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _user_errors(path: Path) -> Iterator[None]:
+def user_errors(path: Path) -> Iterator[None]:
+    """Turn a failure to write the run directory at ``path`` into a ``UserError`` that says what to do."""
     try:
         yield
     except OSError as exc:

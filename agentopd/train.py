@@ -12,11 +12,11 @@ from rich.console import Console
 
 from agentopd.batching import build_batch
 from agentopd.collect import collect, collect_beside, store_rollouts
-from agentopd.console import progress
 from agentopd.contracts import Evidence, ScoredEpisode
+from agentopd.dashboard import Seen, watching
 from agentopd.evaluate import Judged
 from agentopd.evaluation.metrics import EvalResult
-from agentopd.inspection import keep_episodes
+from agentopd.inspection import inspect
 from agentopd.learner import runtime
 from agentopd.reaction import react
 from agentopd.rubrics import reward
@@ -46,11 +46,9 @@ async def train(run: Run, console: Console) -> Outcome:
             await run.evaluate_teacher()
             react(run)
         await store_rollouts(run)
-        with progress(console, "training", schedule.steps) as advance:
-            advance(run.step)
+        with watching(console, schedule.steps, run.step, tuple(run.skills)) as show:
             while run.step < schedule.steps:
-                success = await train_step(run)
-                advance(1, note=success)
+                show(await train_step(run))
                 if await _evaluated(run):
                     react(run)
                 if _due(run.step, schedule.checkpoint_every) or run.step == schedule.steps:
@@ -62,35 +60,39 @@ async def train(run: Run, console: Console) -> Outcome:
         await run.aclose()
 
 
-async def train_step(run: Run) -> str:
-    """One step of design: draw, act, judge, score, update, log. Returns a one-line note of this step's success."""
+async def train_step(run: Run) -> Seen:
+    """One step of design: draw, act, judge, score, update, log. Returns what there is to see of it."""
     clock, blocks = Clock(), run.blocks
     run.enter_stage()
     drawn = run.mixture.draw(run.config.train.prompts_per_step)
     shares, tasks = run.mixture.shares(), {item.task.hash: item.task for item in drawn}
     with clock.phase("rollout"):
         mine = drawn[runtime.rank() :: runtime.world_size()]
-        (own, others), beside = await collect(run, mine), await collect_beside(run, mine)
+        own, others = await collect(run, mine)
+        beside = await collect_beside(run, mine, own)
         judged = [*own, *others]
         verdicts = run.judge.compare(judged, tasks)
         judged = [(episode, verdict) for (episode, _), verdict in zip(judged, verdicts, strict=True)]
+    run.policy.engine.sleep()
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)
         scored, anchors = await score(run, rewarded, tasks), await score(run, beside, tasks, anchor=True)
+    shown = [replace(item, verdict=verdict) for item, (_, verdict) in zip(scored, judged, strict=True)]
     with clock.phase("learner"):
         both = [*scored, *anchors]
         batch = build_batch(both, blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
+        kept = inspect(run, blocks, shown, batch, {item.task.id: item.task for item in drawn})
         learned = run.learner.step(batch)
     measured = others if blocks.source.kind in ("gold", "teacher") else own
     replayed = {f"replay/share/{name}": shares[name] for name in sorted(run.old_skills)}
     run.step += 1
-    run.policy.engine.sync_weights(run.step)
-    metrics = {**step_metrics(measured), **cost_metrics(scored), **replayed, **learned, **clock.metrics()}
+    with clock.phase("sync"):
+        synced = run.policy.engine.sync_weights(run.step)
+    metrics = {**step_metrics(measured), **cost_metrics(scored), **replayed, **learned, **synced, **clock.metrics()}
     run.log(metrics)
-    shown = [replace(item, verdict=verdict) for item, (_, verdict) in zip(scored, judged, strict=True)]
-    keep_episodes(run, blocks, shown, {item.task.id: item.task for item in drawn})
-    rates = [f"{name} {100 * metrics[f'{name}/success']:.0f} %" for name in run.skills if f"{name}/success" in metrics]
-    return "  ".join(rates)
+    if run.directory is not None:
+        run.directory.keep_episodes(run.step, kept)
+    return Seen(run.step, metrics, measured)
 
 
 async def score(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from agentopd.build import Judge, Policy, load_skills
-from agentopd.collect import phased_prompts, student_answers
+from agentopd.collect import phased_prompts, student_answers, unsolved
 from agentopd.config import SuiteConfig
 from agentopd.contracts import Generation
 from agentopd.demonstrations import Demonstrator
@@ -15,7 +15,7 @@ from agentopd.models import load_tokenizer
 from agentopd.rendering import ChatRenderer, HermesJSON
 from agentopd.rollout import RolloutOptions
 from agentopd.rollout.cache import RolloutCache
-from agentopd.types import VerdictStatus
+from agentopd.types import Episode, StopReason, Verdict, VerdictStatus
 
 
 @dataclass
@@ -32,6 +32,9 @@ class ScriptedEngine:
         return [Generation(self.ids, (-0.5,) * len(self.ids), "stop") for _ in requests]
 
     def sync_weights(self, version):
+        return {}
+
+    def sleep(self):
         pass
 
     async def aclose(self):
@@ -130,3 +133,32 @@ def test_mixed_prompts_are_split_by_share(skills):
     assert len(mine) == len(others) == 4
     assert sorted(item.task.id for item in mine + others) == sorted(item.task.id for item in prompts)
     assert student_answers(prompts, 0.5, 1)[0] != mine
+
+
+def test_gold_is_shown_where_every_judged_rollout_failed(skills):
+    prompts = drawn(skills, 4)
+    solved, failed, broken, _never_tried = prompts
+
+    def judged(item, outcome, status=VerdictStatus.OK):
+        task = item.task
+        episode = Episode(
+            id=task.id,
+            task_id=task.id,
+            task_hash=task.hash,
+            env=task.env,
+            skill="math",
+            split="train",
+            prompt_ids=(1,),
+            turns=(),
+            stop_reason=StopReason.COMPLETED,
+        )
+        return episode, Verdict(outcome=outcome, status=status, reward=outcome)
+
+    rollouts = [
+        judged(solved, 0.0),
+        judged(solved, 1.0),
+        judged(failed, 0.0),
+        judged(failed, None, VerdictStatus.INFRA_ERROR),
+        judged(broken, None, VerdictStatus.INFRA_ERROR),
+    ]
+    assert unsolved(prompts, rollouts) == [failed]

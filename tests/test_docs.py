@@ -25,6 +25,7 @@ from agentopd.config.micro import MicroRecipe
 from agentopd.config.objective import Blocks
 from agentopd.registry import environments
 from agentopd.rendering import HermesJSON, assistant_text
+from agentopd_envs.adapters.rows import DataConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/**/*.md"))
@@ -144,6 +145,8 @@ def test_toml_files_load(page, tmp_path):
         keys = tomllib.loads(body)
         if "arms" in keys:
             assert make_plan(tmp_path / name).runs
+        elif "columns" in keys:
+            assert load_section(DataConfig, tmp_path / name).columns
         elif "tokenizer" in keys or "out" in keys:
             load_section(MicroRecipe, tmp_path / name)
         elif "skills" in keys:

@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from agentopd import commands
 from agentopd.config import load_run_config
+from agentopd.contracts import Evidence
 from agentopd.doctor import check_template, diagnose
 from agentopd.errors import ConfigError
+from agentopd.models import load_tokenizer, vocabulary_hash
 from agentopd.rendering import HermesJSON, OpenAI, Pythonic, Qwen3XML
+from agentopd.teachers.server import Identity, TeacherServer
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs/quickstart.toml"
@@ -25,6 +29,38 @@ def test_the_quickstart_is_healthy(capsys):
     assert [item for item in found if item.level != "ok"] == []
     commands.doctor(QUICKSTART, [], plain=True)
     assert len(capsys.readouterr().out.strip().splitlines()) == len(found)
+
+
+class Unsteady:
+    """A teacher whose log-probs depend on how often it was asked."""
+
+    name, max_top_k = "unsteady", 0
+
+    def __init__(self, drift):
+        self.drift, self.asked = drift, 0
+
+    async def score(self, episodes, top_k):
+        self.asked += 1
+        return [Evidence("", np.full(e.num_sampled, -1 - self.drift * self.asked, np.float32)) for e in episodes]
+
+    async def aclose(self):
+        pass
+
+
+@pytest.mark.parametrize(("drift", "level"), [(0.0, "ok"), (0.05, "fail")])
+def test_a_teacher_that_disagrees_with_itself_is_refused(tmp_path, drift, level):
+    identity = Identity("weights", vocabulary_hash(load_tokenizer("micro/student")))
+    server = TeacherServer(Unsteady(drift), identity)
+    config = tmp_path / "served.toml"
+    config.write_text(
+        f'[objective]\npreset = "opd"\n[teachers.default]\nkind = "served"\nbase_url = "{server.base_url}"\n'
+        '[[suite.skills]]\nname = "store"\nenv = "tool_use"\n'
+    )
+    try:
+        (found,) = [item for item in diagnose(load_run_config(config)) if item.check == "served teacher"]
+    finally:
+        server.close()
+    assert found.level == level and "scores one sequence 8 times at once" in found.detail
 
 
 @pytest.mark.parametrize("codec", [HermesJSON(), Qwen3XML(), Pythonic(), OpenAI()], ids=lambda codec: codec.name)

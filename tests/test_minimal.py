@@ -15,11 +15,13 @@ from agentopd.batching import build_batch
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.contracts import Evidence, ScoredEpisode
-from agentopd.learner.head import head_logprobs, hidden_states, output_head
+from agentopd.learner.body import hidden_states
+from agentopd.learner.head import output_head
 from agentopd.objective.compose import compute_loss
 from agentopd.objective.streams import Streams
 from agentopd.teachers.local import LocalTeacher
 from agentopd.types import Episode, StopReason, Turn, Verdict, VerdictStatus
+from tests.plain_head import plain_logprobs
 from tests.tiny import qwen3
 from tests.token_classes import token_classifier
 
@@ -123,7 +125,7 @@ def test_same_loss_and_gradient_as_the_framework(minimal, scale):
     batch = build_batch(scored, objective, {"new": 0.75, "old": 0.25}, token_classifier({END}), 0)
 
     hidden = hidden_states(student, batch.input_ids_BT, batch.row_N, batch.position_N)
-    own = head_logprobs(hidden, output_head(student), batch.target_N, batch.teacher_topk_ids_NK)
+    own = plain_logprobs(hidden, output_head(student), batch.target_N, batch.teacher_topk_ids_NK)
     output = compute_loss(Streams(batch, *own), objective)
     rollouts = as_rollouts(minimal, scored)
     twin = minimal.loss(student(input_ids=rollouts.tokens).logits, rollouts, {0: 0.75, 1: 0.25})

@@ -1,19 +1,22 @@
 """The run directory: refuses to overwrite, survives a crash, resumes to exactly a step."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from pydantic import ValidationError
 
+from agentopd.config.run import TrackingConfig
 from agentopd.errors import UserError
+from agentopd.trackers import JsonlTracker, open_tracker
 from agentopd.tracking import (
-    JsonlTracker,
     KeptEpisode,
     Provenance,
     RunDirectory,
     Session,
-    TensorBoardTracker,
-    open_tracker,
     read_jsonl,
     write_atomic,
 )
@@ -79,7 +82,7 @@ def test_open_names_what_is_wrong(tmp_path, make, message):
 
 
 def test_metrics_round_trip_and_mark_what_is_not_finite(run):
-    tracker = open_tracker(run)
+    tracker = open_tracker(run, TrackingConfig())
     tracker.log(1, {"math/success": 0.5, "loss": float("nan")})
     tracker.log(2, {"math/success": 1})
     tracker.close()
@@ -154,14 +157,28 @@ def test_atomic_write_leaves_the_old_file_and_no_litter_on_failure(tmp_path):
     assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
-def test_tensorboard_is_used_or_asked_for(run):
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match="pip install tensorboard"):
-            TensorBoardTracker(run)
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [("tensorboard", "run/tensorboard/events*"), ("wandb", "run/wandb/offline-*/*.wandb"), ("trackio", "own/*.db")],
+)
+@pytest.mark.slow
+def test_trackers_are_used_or_asked_for(run, tmp_path, name, made):
+    """In a process of its own: these libraries read the environment once, and start threads."""
+    script = f"""
+from agentopd.config.run import TrackingConfig
+from agentopd.trackers import open_tracker
+from agentopd.tracking import RunDirectory
+tracker = open_tracker(RunDirectory.open({str(run.path)!r}), TrackingConfig({name}=True))
+for step in (1, 2):
+    tracker.log(step, {{"math/success": 0.5, "loss/total": 1.0}})
+tracker.close()
+tracker.close()
+"""
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "own"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    if importlib.util.find_spec(name) is None:
+        assert f"`pip install {name}`, or set tracking.{name} = false" in done.stderr
         return
-    tracker = open_tracker(run, tensorboard=True)
-    tracker.log(1, {"x": 1.0})
-    tracker.close()
-    assert list((run.path / "tensorboard").iterdir())
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob(made)), list(tmp_path.rglob("*"))
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2]

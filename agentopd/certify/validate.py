@@ -23,7 +23,7 @@ async def validate(skill: Skill, sandbox: Sandbox | None = None) -> Certificate:
 
     ``sandbox`` stays open; without one, the default backend is made and closed here.
     """
-    own = build_sandbox(SandboxConfig()) if sandbox is None else None
+    own = build_sandbox(SandboxConfig(), [skill]) if sandbox is None else None
     tasks = sample_tasks(skill)
     try:
         stage = Stage(skill, tasks, Judge([skill], sandbox or own))  # type: ignore[arg-type]

@@ -124,6 +124,8 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
     beside = isinstance(blocks.anchor, TeacherAnchor) and _moved(blocks.anchor, "prompt_share", "filter_correct")
     if blocks.source.kind == "teacher" and beside:
         yield "anchor.prompt_share and filter_correct choose rollouts beside the student's; here source decides"
+    if blocks.source.kind == "gold" and isinstance(blocks.anchor, GoldNLL) and _moved(blocks.anchor, "prompts"):
+        yield "anchor.prompts chooses among the student's prompts, and source is 'gold': leave it out"
     if stabiliser.phi == "off" and _moved(stabiliser, "phi_scale", "phi_target"):
         yield "stabiliser.phi_scale and phi_target belong to phi, which is 'off': leave them out"
     if stabiliser.phi != "off" and stabiliser.phi_target != "anchor" and not isinstance(blocks.divergence, SampledPG):

@@ -8,10 +8,11 @@ from pydantic import Field, model_validator
 
 from agentopd.config.base import Section
 from agentopd.config.decontamination import DecontaminationConfig
+from agentopd.config.engines import EngineKind, VLLMConfig
 from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
 from agentopd.config.retention import GuardConfig, ReplayConfig, StageConfig
 from agentopd.config.suite import SkillConfig, SuiteConfig
-from agentopd.config.teachers import AnyTeacherConfig, ChatTeacherConfig, Dtype, JudgeConfig
+from agentopd.config.teachers import AnyTeacherConfig, Dtype, JudgeConfig, ServedTeacherConfig, TeacherConfig
 
 __all__ = ["GuardConfig", "ReplayConfig", "RunConfig", "SkillConfig", "StageConfig", "SuiteConfig"]
 
@@ -27,18 +28,30 @@ class ModelConfig(Section):
 class RolloutConfig(Section):
     """How episodes are sampled."""
 
-    engine: Literal["hf"] = "hf"
+    engine: EngineKind = "hf"
+    """``hf`` samples in this process, ``vllm`` in one beside it."""
+    vllm: VLLMConfig = VLLMConfig()
+    """Of ``vllm`` alone."""
     group_size: int = Field(4, ge=1)
     """Episodes per prompt, whoever plays them. Gold is played once: copies of one trajectory weigh as much as one."""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     batch_size: int = Field(256, ge=1)
-    """Sequences decoded at once by the in-process engine."""
+    """Sequences decoded at once; of ``hf`` alone."""
     turn_cache_mb: int = Field(1024, ge=0)
-    """Memory for keys and values kept between the turns of an episode; 0 prefills the whole prompt every turn."""
+    """Memory for keys and values kept between the turns of an episode; 0 prefills the whole prompt every
+    turn. Of ``hf`` alone."""
     codec: str = "hermes_json"
     max_malformed: int = Field(3, ge=1)
     """Malformed tool calls that end an episode."""
+
+    @model_validator(mode="after")
+    def _keys_are_the_engines(self) -> RolloutConfig:
+        of_engine = {"batch_size": "hf", "turn_cache_mb": "hf", "vllm": "vllm"}
+        for key, engine in of_engine.items():
+            if engine != self.engine and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect on engine {self.engine!r}: leave it out, or use {engine!r}")
+        return self
 
 
 class TrainConfig(Section):
@@ -118,6 +131,11 @@ class TrackingConfig(Section):
     """What a run writes besides ``metrics.jsonl``."""
 
     tensorboard: bool = False
+    """Under ``RUN/tensorboard``."""
+    wandb: bool = False
+    """Weights & Biases, under ``RUN/wandb``; offline unless ``WANDB_MODE`` says otherwise."""
+    trackio: bool = False
+    """In trackio's own local folder."""
     episodes_per_step: int = Field(4, ge=0)
     """Episodes kept for the report at each step (the first of each skill first)."""
 
@@ -209,7 +227,7 @@ class RunConfig(Section):
         """What a teacher is shown matters where it scores; where it acts, it is shown what the student would be."""
         stages = list(self.objective.every_stage())
         for name, teacher in self.teachers.items():
-            if isinstance(teacher, ChatTeacherConfig):
+            if not isinstance(teacher, TeacherConfig):
                 continue
             moved = {"context": teacher.context != "student", "misread_share": teacher.misread_share > 0}
             for key in (key for key, is_moved in moved.items() if is_moved):
@@ -261,6 +279,12 @@ class RunConfig(Section):
                 raise ValueError(
                     f"objective {self.objective.preset!r} needs a teacher that gives {needed!r}; "
                     f"the one of skill {skill.name!r} gives {teacher.access!r} only"
+                )
+            acts = blocks.needs_teacher_rollouts or blocks.alignment.kind != "same"
+            if isinstance(teacher, ServedTeacherConfig) and acts:
+                raise ValueError(
+                    f"objective {self.objective.preset!r} needs a teacher that acts, or one with a tokenizer of its "
+                    f"own; the one of skill {skill.name!r} is served, and only scores: use kind = 'hf'"
                 )
             reads_base = blocks.needs_reference and blocks.reference.policy == "teacher_base"
             if reads_base and getattr(teacher, "base", None) is None:

@@ -1,4 +1,4 @@
-"""The config of whoever teaches or judges: a model in this process, or one behind a chat endpoint."""
+"""The config of whoever teaches or judges: a model in this process, on another machine, or behind a chat endpoint."""
 
 from __future__ import annotations
 
@@ -32,6 +32,27 @@ class TeacherConfig(Section):
     def access(self) -> Access:
         """The most it can give."""
         return "full"
+
+
+class ServedTeacherConfig(Section):
+    """A teacher on another machine, behind ``agentopd serve``."""
+
+    kind: Literal["served"] = "served"
+    base_url: str
+    """``http://HOST:PORT``."""
+    timeout_s: float = Field(120.0, gt=0)
+    """Of one try."""
+    outage_s: float = Field(1800.0, ge=0)
+    """How long the run waits for a teacher that is away or busy."""
+    concurrency: int = Field(8, ge=1)
+    """Questions asked at once."""
+    batch_tokens: int = Field(16384, ge=256)
+    """Tokens of the episodes in one question."""
+
+    @property
+    def access(self) -> Access:
+        """The most it can give."""
+        return "topk"
 
 
 class EndpointConfig(Section):
@@ -74,5 +95,8 @@ def _teacher_kind(value: Any) -> Any:
 
 
 AnyTeacherConfig = Annotated[
-    Annotated[ChatTeacherConfig, Tag("chat")] | Annotated[TeacherConfig, Tag("hf")], Discriminator(_teacher_kind)
+    Annotated[ChatTeacherConfig, Tag("chat")]
+    | Annotated[ServedTeacherConfig, Tag("served")]
+    | Annotated[TeacherConfig, Tag("hf")],
+    Discriminator(_teacher_kind),
 ]

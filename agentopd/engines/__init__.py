@@ -1,5 +1,6 @@
 """Rollout engines: where the student's tokens are sampled."""
 
 from agentopd.engines.hf import HFEngine
+from agentopd.engines.vllm import VLLMEngine
 
-__all__ = ["HFEngine"]
+__all__ = ["HFEngine", "VLLMEngine"]

@@ -1,9 +1,9 @@
 """The in-process engine: batched decoding of a Hugging Face causal model that the learner owns.
 
-Prompts are padded on the right, where causal attention hides the padding for free; equal prompts (the copies of a
-group) are prefilled once and their cache rows copied. The last prompt token goes through the decode step, so that the
-prefill needs no logits. Rows that finish leave the batch in bulk. What a turn computed is kept for the episode's next
-one, which then prefills only the tool results in between.
+Prompts are packed for the prefill, every shared beginning (the copies of a group, a common system message) once, and
+their keys and values then laid out row by row, padded on the right. The last prompt token goes through the decode
+step, so that the prefill needs no logits. Rows that finish leave the batch in bulk. What a turn computed is kept for
+the episode's next one, which then prefills only the tool results in between.
 
 Shapes: B rows, U distinct prompts, L padded length of the tokens to prefill, T cache columns, V vocabulary.
 """
@@ -15,16 +15,19 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
 
 from agentopd.attention import ATTENTION
 from agentopd.contracts import Generation, GenerationRequest
-from agentopd.engines.cache import TurnCache, load_rows, read_row
+from agentopd.engines.cache import TurnCache, empty_cache, load_rows, read_row
+from agentopd.engines.requests import check_finite, check_fits
 from agentopd.engines.sampling import UniformStreams, sample
 from agentopd.errors import EngineError, boundary
+from agentopd.learner.body import packed_states, packs
+from agentopd.packing import pack
 
 _COMPACT_BELOW = 0.85
 """Finished rows are dropped once fewer than this share is alive: copying the cache costs more than a few idle rows."""
@@ -60,7 +63,7 @@ class HFEngine:
     def generate_now(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """``generate`` for callers without an event loop."""
         for request in requests:
-            self._check(request)
+            check_fits(request, self.max_context)
         results: list[Generation | None] = [None] * len(requests)
         with boundary(EngineError, "generating"), _decoding(self.model):
             for rows in self._chunks(requests):
@@ -68,21 +71,19 @@ class HFEngine:
                     results[row] = generation
         return [result for result in results if result is not None]
 
-    def sync_weights(self, version: int) -> None:
+    def sync_weights(self, version: int) -> dict[str, float]:
         """Nothing to copy; from here on generations carry ``version``, and nothing computed before it is used."""
         self.weight_version = version
+        self.turns.clear()
+        return {}
+
+    def sleep(self) -> None:
+        """Forget what was kept between turns."""
         self.turns.clear()
 
     async def aclose(self) -> None:
         """Stop the worker thread."""
         self._worker.shutdown(wait=True)
-
-    def _check(self, request: GenerationRequest) -> None:
-        length, room = len(request.token_ids), request.params.max_tokens
-        if length == 0 or room < 1 or length + room > self.max_context:
-            raise EngineError(
-                f"a request of {length} tokens plus max_tokens={room} does not fit a context of {self.max_context}"
-            )
 
     def _chunks(self, requests: Sequence[GenerationRequest]) -> Iterator[list[int]]:
         """Indices of requests that decode together: one sampling distribution, similar lengths, a fixed order."""
@@ -155,8 +156,7 @@ class _Batch:
     def results(self, weight_version: int) -> list[Generation]:
         """What was sampled, in the order of the requests."""
         self._keep(range(len(self.rows)))
-        if not all(math.isfinite(value) for row in self.logprobs for value in row):
-            raise EngineError("a sampled token has a non-finite log-prob: the weights are broken (NaN or infinite)")
+        check_finite(chain.from_iterable(self.logprobs))
         return [
             Generation(tuple(ids), tuple(logprobs), "stop" if stopped else "length", weight_version)
             for ids, logprobs, stopped in zip(self.sampled, self.logprobs, self.stopped, strict=True)
@@ -164,16 +164,27 @@ class _Batch:
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> int:
         """Fill the cache with all but the last token of every prompt; returns the padded length L."""
-        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         length = max(map(len, prompts))
         if length == 0:
             return 0
+        if packs(self.model):
+            self._prefill_packed(self._padded(prompts, length), [len(prompt) for prompt in prompts])
+            return length
+        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         self.model(
             input_ids=self._padded(list(distinct), length), past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
         if len(distinct) < len(prompts):
             self.cache.batch_select_indices(self._tensor([distinct[prompt] for prompt in prompts]))
         return length
+
+    def _prefill_packed(self, input_ids_BL: torch.Tensor, lengths: Sequence[int]) -> None:
+        """Run every shared beginning once, then lay the keys and values out row by row."""
+        packed, found = pack(input_ids_BL, lengths), empty_cache()
+        packed_states(self.model, packed, past_key_values=found, use_cache=True)
+        for index, layer in enumerate(found.layers):
+            rows = (x[0][:, packed.index_BT].transpose(0, 1) for x in (layer.keys, layer.values))
+            self.cache.update(*rows, index)
 
     def _extend(self, new: Sequence[tuple[int, ...]]) -> int:
         """Add what each prompt has beyond its cached tokens, all but the last; returns the padded length L."""

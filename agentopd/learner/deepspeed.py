@@ -22,38 +22,53 @@ from agentopd.config.objective import Blocks, ObjectiveConfig
 from agentopd.config.run import LearnerConfig
 from agentopd.errors import ConfigError, InfraError
 from agentopd.learner import runtime
-from agentopd.learner.head import Head, head_logprobs, hidden_states, output_head
+from agentopd.learner.body import hidden_states
+from agentopd.learner.fused_head import FusedHead, HeadStreams
+from agentopd.learner.head import Head, output_head
 from agentopd.learner.schedule import scheduled_rate
-from agentopd.learner.wide_head import wide_logprobs
 from agentopd.objective.compose import compute_loss
-from agentopd.objective.guidance import phi_sums
+from agentopd.objective.guidance import Guidance, phi_sums, teacher_guidance
 from agentopd.objective.metrics import Sums, add_sums, means
-from agentopd.objective.microbatches import deal_rows, split_micro_batches
+from agentopd.objective.microbatches import deal_rows, select_tokens, split_micro_batches
 from agentopd.objective.phi import mean_of
 from agentopd.objective.streams import PER_TOKEN, Batch, Streams
 
 _TAG = "learner"
-Before = dict[str, Tensor]
-"""Fields of ``Streams`` that hold the policy before the update."""
+Known = dict[str, Any]
+"""Fields of ``Streams`` that are known before the loss is taken: the policy before the update, progress."""
 
 
 class _Scorer(nn.Module):
-    """The module DeepSpeed wraps: a micro-batch in; log-probs (N,) and top-K log-probs (N, K) out.
-
-    Where the objective reads whole distributions, divergence (N,) and entropy (N,) follow.
-    """
+    """The module DeepSpeed wraps: a micro-batch in, its loss (scalar) with parts and sums out."""
 
     def __init__(self, model: Any, teacher_heads: Mapping[str, Head]) -> None:
         super().__init__()
         self.model = model
         self._teacher_heads = dict(teacher_heads)
 
-    def forward(self, batch: Batch, objective: Blocks) -> tuple[Tensor, ...]:
+    def forward(self, batch: Batch, objective: Blocks, known: Known) -> tuple[Tensor, dict[str, Tensor], Sums]:
+        parts: dict[str, Tensor] = {}
+        sums: Sums = {}
+
+        def loss_of(start: int, stop: int, found: HeadStreams) -> Tensor:
+            nonlocal parts, sums
+            given = {name: x[start:stop] if name.endswith(PER_TOKEN) else x for name, x in known.items()}
+            output = compute_loss(Streams(select_tokens(batch, start, stop), **found._asdict(), **given), objective)
+            parts, sums = add_sums(parts, output.parts), add_sums(sums, output.sums)
+            return output.loss
+
+        hidden_NH, fused = self._read(batch, objective)
+        return fused.loss(hidden_NH, loss_of), parts, sums
+
+    @torch.no_grad()
+    def streams(self, batch: Batch, objective: Blocks) -> HeadStreams:
+        """What the objective reads of the policy as it is."""
+        hidden_NH, fused = self._read(batch, objective)
+        return fused.streams(hidden_NH)
+
+    def _read(self, batch: Batch, objective: Blocks) -> tuple[Tensor, FusedHead]:
         hidden_NH = hidden_states(self.model, batch.input_ids_BT, batch.row_N, batch.position_N)
-        head = output_head(self.model)
-        if objective.needs_full_vocabulary or objective.needs_entropy:
-            return tuple(wide_logprobs(hidden_NH, head, batch, objective, self._teacher_heads))
-        return head_logprobs(hidden_NH, head, batch.target_N, batch.teacher_topk_ids_NK)
+        return hidden_NH, FusedHead(output_head(self.model), batch, objective, self._teacher_heads)
 
 
 class DeepSpeedLearner:
@@ -121,6 +136,21 @@ class DeepSpeedLearner:
         self.steps_done += 1
         return {**batch.metrics, **metrics, "learner/lr": rate, "learner/passes": float(passes)}
 
+    @torch.no_grad()
+    def inspect(self, batch: Batch) -> list[tuple[Tensor, Guidance | None]]:
+        """Of each row, the student's log-probs (N,) and the teacher term as ``step`` would see them; changes nothing.
+
+        Runs on this rank alone. Where phi is on, its mean is the row's own, not the batch's.
+        """
+        blocks = self.objective.at(self.progress)
+        found: list[tuple[Tensor, Guidance | None]] = []
+        for row in range(batch.num_rows):
+            micro = batch.select_rows([row]).to(self.device)
+            streams = Streams(micro, **self._engine.module.streams(micro, blocks)._asdict())
+            guidance = teacher_guidance(streams, blocks) if blocks.needs_teacher else None
+            found.append((streams.logprobs_N, guidance))
+        return found
+
     def save(self, directory: str | Path) -> None:
         """Write weights, fp32 masters, optimiser state, schedule position and random states."""
         state = {"steps_done": self.steps_done, "rate_scale": self.rate_scale}
@@ -168,23 +198,24 @@ class DeepSpeedLearner:
         return [micro.to(self.device) for micro in [*local, *[_filler(batch)] * missing]]
 
     @torch.no_grad()
-    def _before(self, mini_batches: Sequence[Sequence[Batch]], blocks: Blocks) -> list[list[Before]]:
+    def _before(self, mini_batches: Sequence[Sequence[Batch]], blocks: Blocks) -> list[list[Known]]:
         """What the loss reads of the policy before the update; nothing for micro-batches that measure it themselves."""
-        nothing: list[list[Before]] = [[{} for _ in micros] for micros in mini_batches]
+        nothing: list[list[Known]] = [[{} for _ in micros] for micros in mini_batches]
         # The first update of the only pass sees the policy as it was.
         start = 1 if self.config.epochs == 1 and not blocks.needs_batch_statistics else 0
         later = list(mini_batches[start:])
         if not later:
             return nothing
-        scored = [[self._engine.module(micro, blocks) for micro in micros] for micros in later]
-        found: list[list[Before]] = [
-            [{"old_logprobs_N": x[0], "old_topk_logprobs_NK": x[1]} for x in some] for some in scored
+        scored = [[self._engine.module.streams(micro, blocks) for micro in micros] for micros in later]
+        found: list[list[Known]] = [
+            [{"old_logprobs_N": x.logprobs_N, "old_topk_logprobs_NK": x.topk_logprobs_NK} for x in some]
+            for some in scored
         ]
         if blocks.needs_batch_statistics:
             looks = [
                 look for micros, some in zip(later, scored, strict=True) for look in zip(micros, some, strict=True)
             ]
-            sums = torch.stack([phi_sums(_streams(micro, values), blocks) for micro, values in looks]).sum(0)
+            sums = torch.stack([phi_sums(Streams(micro, **values._asdict()), blocks) for micro, values in looks]).sum(0)
             mean = mean_of(runtime.all_reduce(sums))
             found = [[{**values, "phi_mean": mean} for values in some] for some in found]
         return nothing[:start] + found
@@ -192,7 +223,7 @@ class DeepSpeedLearner:
     def _one_pass(
         self,
         mini_batches: Sequence[Sequence[Batch]],
-        old: Sequence[Sequence[Before]],
+        old: Sequence[Sequence[Known]],
         blocks: Blocks,
         progress: float,
     ) -> dict[str, float]:
@@ -212,17 +243,16 @@ class DeepSpeedLearner:
         return metrics
 
     def _backward(
-        self, micros: Sequence[Batch], before: Sequence[Before], blocks: Blocks, progress: float, scale: int
+        self, micros: Sequence[Batch], before: Sequence[Known], blocks: Blocks, progress: float, scale: int
     ) -> tuple[dict[str, Tensor], Sums]:
         """Gradients of one mini-batch; ``scale`` makes up for the share of the batch's tokens that it holds."""
         parts: dict[str, Tensor] = {}
         sums: Sums = {}
         for index, (micro_batch, known) in enumerate(zip(micros, before, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
-            streams = _streams(micro_batch, self._engine(micro_batch, blocks))
-            output = compute_loss(replace(streams, progress=progress, **known), blocks)  # type: ignore[arg-type]
-            self._engine.backward(output.loss * (scale * runtime.world_size()), scale_wrt_gas=False)
-            parts, sums = add_sums(parts, output.parts), add_sums(sums, output.sums)
+            loss, found, counted = self._engine(micro_batch, blocks, {**known, "progress": progress})
+            self._engine.backward(loss * (scale * runtime.world_size()), scale_wrt_gas=False)
+            parts, sums = add_sums(parts, found), add_sums(sums, counted)
         return parts, sums
 
     def _check_finite(self, parts: dict[str, Tensor]) -> None:
@@ -271,12 +301,6 @@ def _engine_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
     elif dtype != torch.float32:
         raise ConfigError(f"the student is in {dtype}; train it in bfloat16 or float32")
     return settings
-
-
-def _streams(batch: Batch, scored: Sequence[Tensor]) -> Streams:
-    """The scorer's output as the loss reads it."""
-    divergence_N, entropy_N = scored[2:] if len(scored) > 2 else (None, None)
-    return Streams(batch, scored[0], scored[1], divergence_N=divergence_N, entropy_N=entropy_N)
 
 
 def _filler(batch: Batch) -> Batch:

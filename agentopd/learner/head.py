@@ -1,24 +1,26 @@
-"""Log-probs of a causal language model at chosen positions, without ever holding all logits.
+"""A causal language model's output projection, and log-probs from it without ever holding all logits.
 
-Positions that do not train are dropped between the transformer's body and its output head. The head then runs over
-chunks of positions, each recomputed in the backward pass, so that one (chunk, V) block is alive at a time; log-softmax
-is in fp32. B episodes, T padded length, N chosen positions, H hidden width, K ids per position, V vocabulary.
+Positions that do not train are dropped before it. The others go through in chunks, so that one (chunk, V) block of
+logits is alive at a time; log-softmax is in fp32. Nothing here has a gradient: training goes through ``fused_head``.
+N positions, c positions of a chunk, H hidden width, K ids per position, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from agentopd.errors import ConfigError
 
 CHUNK_LOGITS = 2**24
 """Logits in one chunk: 64 MiB in fp32."""
-MIN_CHUNK = 256
-"""Positions a chunk has at least: smaller ones re-read the head's weight too often."""
+MIN_CHUNK = 1024
+"""Positions a chunk has at least: smaller ones read the head's weight, and sum its gradient, too often."""
+BLOCK = 4096
+"""Ids in one block of fp32 arithmetic."""
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
@@ -29,6 +31,50 @@ class Head(NamedTuple):
     bias: Tensor | None
     student_ids: Tensor | None = None
     """A teacher's with another tokenizer: for each id the student's that stands for the same, or -1 (V,)."""
+
+    def logits(self, hidden_cH: Tensor) -> Tensor:
+        """Logits (c, V) in the head's dtype."""
+        return torch.nn.functional.linear(hidden_cH, self.weight, self.bias)
+
+
+class LogSoftmax:
+    """Log-probs of ``logits`` (c, V) in fp32 or finer, without holding them: by id, or by block of ids."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        parts = [self._raw(block).logsumexp(-1) for block in vocabulary_blocks(logits)]
+        self.log_total_c1 = torch.stack(parts, -1).logsumexp(-1, keepdim=True)
+
+    def at(self, ids_cI: Tensor) -> Tensor:
+        """Log-probs at some ids (c, I)."""
+        return self.logits.gather(1, ids_cI).to(self.log_total_c1.dtype) - self.log_total_c1
+
+    def block(self, block: slice) -> Tensor:
+        """Log-probs of a block of ids, in memory of their own."""
+        return self._raw(block) - self.log_total_c1
+
+    def entropy(self) -> Tensor:
+        """In nats (c,)."""
+        total_c = torch.zeros_like(self.log_total_c1[:, 0])
+        for block in vocabulary_blocks(self.logits):
+            logprobs = self.block(block)
+            total_c -= (logprobs.exp() * logprobs).sum(-1)
+        return total_c
+
+    def _raw(self, block: slice) -> Tensor:
+        return self.logits[:, block].to(fine(self.logits))
+
+
+def fine(x: Tensor) -> torch.dtype:
+    """The dtype of sums and softmax arithmetic: at least fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def vocabulary_blocks(logits_cV: Tensor) -> Iterator[slice]:
+    """The ids of the last dimension, in blocks."""
+    width = logits_cV.shape[-1]
+    for start in range(0, width, BLOCK):
+        yield slice(start, min(start + BLOCK, width))
 
 
 def output_head(model: Any, vocab_size: int | None = None) -> Head:
@@ -44,30 +90,14 @@ def output_head(model: Any, vocab_size: int | None = None) -> Head:
     return Head(layer.weight[:vocab_size], None if bias is None else bias[:vocab_size])
 
 
-def hidden_states(model: Any, input_ids_BT: Tensor, row_N: Tensor, position_N: Tensor) -> Tensor:
-    """Hidden states (N, H) that predict the tokens at ``position_N`` of rows ``row_N``.
-
-    Rows are right-padded: under causal attention padding cannot reach a token before it, so no mask is needed.
-    """
-    hidden_BTH: Tensor = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-    return hidden_BTH[row_N, position_N - 1]
-
-
+@torch.no_grad()
 def head_logprobs(
     hidden_NH: Tensor, head: Head, target_N: Tensor, ids_NK: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Full-vocabulary log-probs in fp32 at the target (N,) and at ``ids_NK`` (N, K), differentiable."""
-    ids = torch.cat([target_N[:, None], ids_NK], dim=1)
-    chunk = chunk or chunk_size(head)
-    if len(ids) <= chunk:
-        found = _gathered_logprobs(hidden_NH, head.weight, head.bias, ids)
-    else:
-        found = torch.cat(
-            [
-                checkpoint(_gathered_logprobs, hidden, head.weight, head.bias, some, use_reentrant=False)
-                for hidden, some in zip(torch.split(hidden_NH, chunk), torch.split(ids, chunk), strict=True)
-            ]
-        )
+    """Full-vocabulary log-probs in fp32 at the target (N,) and at ``ids_NK`` (N, K)."""
+    ids, chunk = torch.cat([target_N[:, None], ids_NK], dim=1), chunk or chunk_size(head)
+    pairs = zip(torch.split(hidden_NH, chunk), torch.split(ids, chunk), strict=True)
+    found = torch.cat([LogSoftmax(head.logits(hidden)).at(some) for hidden, some in pairs])
     return found[:, 0], found[:, 1:]
 
 
@@ -75,33 +105,18 @@ def head_logprobs(
 def head_topk(
     hidden_NH: Tensor, head: Head, target_N: Tensor, k: int, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of the target (N,), and the k most likely ids with their log-probs (N, k), in fp32, no gradient."""
+    """Log-prob of the target (N,), and the k most likely ids with their log-probs (N, k), in fp32."""
     logprobs, ids, topk = [], [], []
     chunk = chunk or chunk_size(head)
     for hidden, target in zip(torch.split(hidden_NH, chunk), torch.split(target_N, chunk), strict=True):
-        logits = _logits(hidden, head.weight, head.bias)
-        log_total = logits.logsumexp(-1, keepdim=True)
-        values, indices = logits.topk(k, dim=-1)
-        logprobs.append((logits.gather(1, target[:, None]) - log_total)[:, 0])
+        found = LogSoftmax(head.logits(hidden))
+        indices = found.logits.topk(k, dim=-1).indices
+        logprobs.append(found.at(target[:, None])[:, 0])
         ids.append(indices)
-        topk.append(values - log_total)
+        topk.append(found.at(indices))
     return torch.cat(logprobs), torch.cat(ids), torch.cat(topk)
 
 
 def chunk_size(head: Head) -> int:
     """Positions in one chunk, by default."""
     return max(MIN_CHUNK, CHUNK_LOGITS // head.weight.shape[0])
-
-
-def logits_of(hidden: Tensor, head: Head) -> Tensor:
-    """Logits (N, V) in fp32."""
-    return _logits(hidden, head.weight, head.bias)
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias).float()
-
-
-def _gathered_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
-    logits = _logits(hidden, weight, bias)
-    return logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
-from agentopd.objective.streams import Batch
+from agentopd.objective.streams import PER_TOKEN, Batch
 
 
 def bucket_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -26,6 +28,13 @@ def bucket_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]
 def split_micro_batches(batch: Batch, max_tokens: int) -> list[Batch]:
     """Cut a batch into micro-batches of at most ``max_tokens`` padded tokens; a row is never split."""
     return [batch.select_rows(rows) for rows in bucket_by_length(batch.lengths_B.tolist(), max_tokens)]
+
+
+def select_tokens(batch: Batch, start: int, stop: int) -> Batch:
+    """The tokens from ``start`` to ``stop`` alone, on the same rows."""
+    names = [f.name for f in fields(batch) if f.name.endswith(PER_TOKEN)]
+    kept: dict[str, Any] = {name: getattr(batch, name)[start:stop] for name in names}
+    return replace(batch, **kept)
 
 
 def deal_rows(batch: Batch, parts: int) -> list[Batch]:

@@ -48,12 +48,6 @@ def route(router: Router, views: Views) -> Routed:
     return _ROUTERS[type(router)](router, views)
 
 
-def shown_weight(router: Router, sigma_N: Tensor, delta_N: Tensor) -> Tensor:
-    """The weight a reader is shown (N,): the router's own, before extrapolation, bounds and the group's advantage."""
-    zeros_N = torch.zeros_like(delta_N)
-    return route(router, Views(delta_N, zeros_N, sigma_N, zeros_N, zeros_N.bool())).weight_N
-
-
 def _uniform(router: UniformRouter, views: Views) -> Routed:
     agreement_N = agreement(views.sigma_N, views.delta_N)
     return Routed(views.extrapolated(views.base_factor), torch.ones_like(views.delta_N), agreement_N)

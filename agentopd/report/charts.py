@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 SCALE = 1000
 MAX_POINTS = 400
+COLOURS = 8
 SMOOTH_FROM = 30  # shorter series are drawn as they are
 NOISY = 3.0  # so is a curve that travels less than this many times its own range: a schedule is not noise
 Point = tuple[float, float | None]
@@ -20,11 +21,15 @@ Point = tuple[float, float | None]
 
 @dataclass(frozen=True)
 class Series:
-    """One named curve; a None value is a gap. ``band`` holds an interval (low, high) per point, or is empty."""
+    """One named curve; a None value is a gap. ``band`` holds an interval (low, high) per point, or is empty.
+
+    ``colour`` is one of eight; by default the curve's place in its chart.
+    """
 
     name: str
     points: Sequence[Point]
     band: Sequence[tuple[float, float] | None] = ()
+    colour: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,19 @@ def line_chart(title: str, caption: str, series: Sequence[Series], percent: bool
     xs = sorted({x for one in drawn for x, _ in one.points})
     y_axis = _Axis.nice(min(values), max(values), percent)
     x_axis = _Axis(xs[0], xs[-1] if xs[-1] > xs[0] else xs[0] + 1)
+    lines = [_line(one, index, x_axis, y_axis, percent) for index, one in enumerate(drawn)]
     return Chart(
         title=title,
         caption=caption,
-        lines=[_line(one, index, x_axis, y_axis, percent) for index, one in enumerate(drawn)],
+        lines=lines,
         x_ticks=[(x_axis.at(x), number(x)) for x in _x_ticks(xs)],
-        y_ticks=[(SCALE - y_axis.at(y), number(y, percent)) for y in y_axis.ticks()],
+        y_ticks=[(SCALE - y_axis.at(y), y_axis.label(y, percent)) for y in y_axis.ticks()],
         hover={
             "x": xs,
             "at": [round(x_axis.at(x), 1) for x in xs],
-            "series": [_hover(one, xs, percent) for one in drawn],
+            "series": [
+                {**_hover(one, xs, percent), "colour": line.colour} for one, line in zip(drawn, lines, strict=True)
+            ],
         },
     )
 
@@ -82,7 +90,8 @@ def thinned(series: Series) -> Series:
     if width <= 1 or series.band:
         return series
     runs = [series.points[start : start + width] for start in range(0, len(series.points), width)]
-    return Series(series.name, [(run[-1][0], _mean([y for _, y in run if y is not None])) for run in runs])
+    points = [(run[-1][0], _mean([y for _, y in run if y is not None])) for run in runs]
+    return replace(series, points=points)
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
@@ -137,6 +146,14 @@ class _Axis:
         """Position of a value, in per mille from the low end."""
         return SCALE * (value - self.low) / (self.high - self.low)
 
+    def label(self, value: float, percent: bool) -> str:
+        """A tick's number, with as many decimals as tell it from its neighbours."""
+        step, unit, shown = (100 * self.step, " %", 100 * value) if percent else (self.step, "", value)
+        if not 1e-3 <= step < 1e3:
+            return number(value, percent)
+        decimals = next(d for d in range(5) if abs(step * 10**d - round(step * 10**d)) < 1e-6)
+        return f"{shown + 0.0:.{decimals}f}{unit}"
+
     def ticks(self) -> list[float]:
         """Multiples of the step inside the bounds."""
         first = math.ceil(self.low / self.step - 1e-9)
@@ -144,14 +161,14 @@ class _Axis:
         return [k * self.step for k in range(first, last + 1)]
 
 
-def _line(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, percent: bool) -> Line:
+def _line(series: Series, index: int, x_axis: _Axis, y_axis: _Axis, percent: bool) -> Line:
     smooth = len(series.points) >= SMOOTH_FROM and not series.band and _noisy(series.points)
     main = smoothed(series.points) if smooth else series.points
     seen = [(x_axis.at(x), SCALE - y_axis.at(y)) for x, y in series.points if y is not None]
     last = next((number(y, percent) for _, y in reversed(main) if y is not None), "")
     return Line(
         name=series.name,
-        colour=colour % 8,
+        colour=(index if series.colour is None else series.colour) % COLOURS,
         path=_path(main, x_axis, y_axis),
         faint_path=_path(series.points, x_axis, y_axis) if smooth else "",
         band_path=_band(series, x_axis, y_axis),

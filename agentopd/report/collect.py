@@ -14,8 +14,10 @@ from agentopd.config.retention import RetentionConfig
 from agentopd.errors import UserError
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.evaluation.retention import RetentionMatrix, Tolerance, retention_matrix
+from agentopd.mixture import Action
 from agentopd.tracking import KeptEpisode, Provenance, RunDirectory, read_jsonl
 
+MAX_EPISODES = 2000  # read for the report; more are sampled evenly over the run, and the page says so
 TEACHER = "teacher"  # eval/teacher*.json is the teacher's own score, not a stage of the run
 
 
@@ -29,7 +31,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything the report shows. ``rows`` are the lines of ``metrics.jsonl``, by step."""
+    """Everything the report shows. ``rows`` are the lines of ``metrics.jsonl``, by step.
+
+    ``episodes`` are all that were kept, or a sample of the ``num_kept``.
+    """
 
     name: str
     config: dict[str, Any]
@@ -38,6 +43,8 @@ class RunData:
     stages: list[Stage]
     teacher: EvalResult | None
     episodes: list[KeptEpisode]
+    num_kept: int
+    actions: list[Action]
 
     @property
     def roles(self) -> dict[str, str]:
@@ -136,7 +143,9 @@ def collect(path: Path) -> RunData:
         rows=sorted(read_jsonl(run.metrics), key=lambda row: int(row.get("step", 0))),
         stages=stages,
         teacher=teacher,
-        episodes=list(run.kept_episodes()),
+        episodes=list(run.kept_episodes(MAX_EPISODES)),
+        num_kept=run.num_kept_episodes(),
+        actions=[_action(run.events, row) for row in read_jsonl(run.events)],
     )
 
 
@@ -168,6 +177,13 @@ def _record(file: Path, kind: type[Any]) -> Any:
     except (ValidationError, UnicodeDecodeError) as exc:
         reason = exc.errors()[0]["msg"] if isinstance(exc, ValidationError) else str(exc)
         raise UserError(f"{file}: not a {kind.__name__}: {reason}; mend the file or delete it") from None
+
+
+def _action(file: Path, row: Mapping[str, Any]) -> Action:
+    try:
+        return Action.model_validate(row)
+    except ValidationError as exc:
+        raise UserError(f"{file}: not an action: {exc.errors()[0]['msg']}; mend the line or delete it") from None
 
 
 def _config(file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A comparison's page: its table and a learning curve per skill, in one file without scripts."""
+"""A comparison's page: its table and a learning curve per skill, in one file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from agentopd.report.charts import Series, line_chart
-from agentopd.report.page import _environment
+from agentopd.report.page import page_data, template_environment
 from agentopd.tracking import write_atomic
 
 
@@ -21,7 +21,8 @@ def write_curves_page(
     """Write ``compare.html`` into ``folder``; ``curves`` holds the series of each skill, one per arm."""
     found = [line_chart(skill, "held-out success by step", series, percent=True) for skill, series in curves.items()]
     path = folder / "compare.html"
-    template = _environment().get_template("compare.html")
+    template = template_environment().get_template("compare.html")
     charts = [chart for chart in found if chart is not None]
-    write_atomic(path, template.render(name=name, note=note, headers=headers, rows=rows, charts=charts))
+    page = template.render(name=name, note=note, headers=headers, rows=rows, charts=charts, data=page_data(charts))
+    write_atomic(path, page)
     return path

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from typing import Any
 
 from agentopd.tracking import KeptEpisode
 from agentopd.types import JSON, StopReason, Turn
@@ -28,7 +30,7 @@ def choose(episodes: Sequence[KeptEpisode], budget: int = BUDGET_BYTES) -> list[
         for key in list(shares):
             index, kept = shares[key].pop() if from_end else shares[key].popleft()
             shown = view(kept)
-            size = len(json.dumps(shown, ensure_ascii=False).encode())
+            size = len(json.dumps(shown, ensure_ascii=False, separators=(",", ":")).encode())
             if size <= left:
                 chosen[index] = shown
                 left -= size
@@ -71,6 +73,7 @@ def view(kept: KeptEpisode) -> JSON:
         "detail": verdict.detail,
         "prompt": prompt_messages(prompt),
         "turns": _turns(kept),
+        "diffs": diffs(kept),
     }
 
 
@@ -80,6 +83,31 @@ def prompt_messages(text: str) -> list[list[str]]:
     if _CHATML.sub("", text).strip() or not found:
         return [["prompt", text]]
     return [[role, body] for role, body in found if body or role != "assistant"]
+
+
+def diffs(kept: KeptEpisode) -> list[list[Any]]:
+    """[title, lines] of what the episode changed: every value that its task began with and its final state ends with.
+
+    Where the task names a gold program, its change follows for comparison.
+    """
+    if kept.task is None:
+        return []
+    start, end = kept.task.public, kept.episode.final_state or {}
+    pairs = [(name, start[name], end[name]) for name in start if name in end]
+    gold = kept.task.hidden.get("gold")
+    if isinstance(gold, str) and isinstance(start.get("program"), str):
+        pairs.append(("gold", start["program"], gold))
+    found = [(name, _diff(_text(before), _text(after))) for name, before, after in pairs]
+    return [[name, lines] for name, lines in found if lines]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True)
+
+
+def _diff(before: str, after: str) -> list[str]:
+    """Lines with their sign (" ", "-" or "+") and two of context, without file names; empty where nothing changed."""
+    return list(difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=2))[2:]
 
 
 def _turns(kept: KeptEpisode) -> list[JSON]:
@@ -93,6 +121,7 @@ def _turns(kept: KeptEpisode) -> list[JSON]:
                 "tokens": list(kept.tokens[position:end]),
                 "student": _rounded(kept.old_logprobs[span] or turn.rollout_logprobs),
                 "teacher": _rounded(kept.teacher_logprobs[span]),
+                "gate": _rounded(kept.agreement[span]),
                 "weights": _rounded(kept.weights[span]),
                 "masks": list(kept.mask_reasons[span]) if any(kept.mask_reasons[span]) else [],
                 "calls": [[call.name, json.dumps(call.arguments, ensure_ascii=False)] for call in turn.tool_calls],

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from agentopd.evaluation.retention import RetentionMatrix
 from agentopd.report import inspector
 from agentopd.report.charts import Chart, Point, Series, line_chart
 from agentopd.report.collect import RunData, collect
-from agentopd.report.panels import make_panels
-from agentopd.report.story import sentences, signed, skill_rows
-from agentopd.tracking import RunDirectory, write_atomic
+from agentopd.report.panels import Bar, counted, make_panels
+from agentopd.report.retention import heat_rows, kept_rows
+from agentopd.report.story import signed, skill_rows, story, tiles
+from agentopd.tracking import KeptEpisode, RunDirectory, write_atomic
+from agentopd.types import JSON
 
 
 def build_report(run_dir: Path) -> Path:
@@ -30,8 +33,9 @@ def build_report(run_dir: Path) -> Path:
 
 def write_retention_page(matrix: RetentionMatrix, path: Path, roles: Mapping[str, str] | None = None) -> Path:
     """Write one matrix as a page of its own, for evaluations that belong to no run; ``roles`` as in a suite."""
-    template = _environment().get_template("retention.html")
-    write_atomic(path, template.render(matrix=matrix, heat=heat_rows(matrix), roles=roles or {}))
+    template = template_environment().get_template("retention.html")
+    page = template.render(matrix=matrix, heat=heat_rows(matrix), kept=kept_rows(matrix), roles=roles or {})
+    write_atomic(path, page)
     return path
 
 
@@ -40,29 +44,38 @@ def render(run: RunData) -> str:
     matrix = run.retention()
     rows = skill_rows(run, matrix)
     panels = make_panels(run.rows, run.skills)
-    held_out = _held_out(run)
+    held_out, by_skill = _held_out(run)
     shown = inspector.choose(run.episodes)
-    charts = [chart for chart in (held_out, *panels.curves, *panels.signal, *panels.cost) if chart]
-    data = {"charts": {_chart_id(chart): chart.hover for chart in charts}, "episodes": shown}
+    charts = [chart for chart in (held_out, *by_skill, *panels.charts) if chart]
     return (
-        _environment()
+        template_environment()
         .get_template("report.html")
         .render(
             run=run,
             facts=facts(run),
             missing=run.missing(),
             rows=rows,
-            sentences=sentences(rows),
+            after_name=run.latest.name.capitalize() if run.latest else "After",
+            story=story(rows),
+            tiles=tiles(run),
             matrix=matrix,
             heat=heat_rows(matrix) if matrix else [],
+            kept=kept_rows(matrix) if matrix else [],
             roles=run.roles,
             held_out=held_out,
+            by_skill=by_skill,
             panels=panels,
+            flags=flag_bars(run.episodes),
             episodes=shown,
-            kept=len(run.episodes),
-            data=embedded(data),
+            sampled=len(shown) < run.num_kept,
+            data=page_data(charts, shown),
         )
     )
+
+
+def page_data(charts: Sequence[Chart], episodes: Sequence[JSON] = ()) -> Markup:
+    """What the page's scripts read: the read-outs of its charts, and the episodes of its inspector."""
+    return embedded({"charts": {_chart_id(chart): chart.hover for chart in charts}, "episodes": list(episodes)})
 
 
 def embedded(data: Any) -> Markup:
@@ -92,50 +105,37 @@ def facts(run: RunData) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in found if value]
 
 
-@dataclass(frozen=True)
-class HeatCell:
-    """One cell of R[stage, skill]: texts, and how full its colour is (0 to 100)."""
-
-    text: str
-    interval: str
-    delta: str
-    fill: int
+def flag_bars(episodes: Sequence[KeptEpisode]) -> list[Bar]:
+    """How many episodes carry each flag."""
+    return counted(Counter(code for kept in episodes for code in {flag.code for flag in kept.verdict.flags}))
 
 
-def heat_rows(matrix: RetentionMatrix) -> list[tuple[str, list[HeatCell]]]:
-    """The retention matrix as rows of cells; ``delta`` is against the first stage."""
-    first = matrix.values[0]
-    rows = []
-    for index, (stage, values) in enumerate(zip(matrix.stages, matrix.values, strict=True)):
-        cells = []
-        for value, interval, start in zip(values, matrix.ci95[index], first, strict=True):
-            if value is None:
-                cells.append(HeatCell("–", "not measured", "", 0))
-                continue
-            delta = signed(100 * (value - start)) if index and start is not None else ""
-            span = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %" if interval else ""
-            cells.append(HeatCell(f"{100 * value:.1f}", span, delta, round(100 * value)))
-        rows.append((stage, cells))
-    return rows
-
-
-def _held_out(run: RunData) -> Chart | None:
-    """Success on held-out tasks at each evaluation, with 95 % bands."""
+def _held_out(run: RunData) -> tuple[Chart | None, list[Chart]]:
+    """Success on held-out tasks at each evaluation, with 95 % bands: all skills in one chart, and each in its own."""
     if len(run.stages) < 2:
-        return None
+        return None, []
     series = []
-    for skill in run.skills:
+    for colour, skill in enumerate(run.skills):
         scores = [(float(stage.result.step or 0), stage.result.tasks.get(skill)) for stage in run.stages]
         points: list[Point] = [(step, score.avg_at_k if score else None) for step, score in scores]
-        series.append(Series(skill, points, [score.ci95 if score else None for _, score in scores]))
-    return line_chart("Success on held-out tasks", "avg@k with 95 % intervals", series, percent=True)
+        bands = [score.ci95 if score else None for _, score in scores]
+        series.append(Series(skill, points, bands, colour))
+    together = line_chart("Success on held-out tasks", "avg@k with 95 % intervals", series, percent=True)
+    own = [line_chart(one.name, "held-out avg@k, 95 % interval", [one], percent=True) for one in series]
+    return together, [chart for chart in own if chart is not None]
 
 
 def _chart_id(chart: Chart) -> str:
     return f"{chart.title}|{chart.caption}"
 
 
-def _environment() -> Environment:
+def _code(text: str) -> Markup:
+    """Escaped text with what stands in backticks as code."""
+    return Markup(re.sub(r"`(.*?)`", r"<code>\1</code>", str(escape(text))))
+
+
+def template_environment() -> Environment:
+    """Templates that escape what they are given and know each other's names."""
     environment = Environment(
         loader=PackageLoader("agentopd.report"),
         autoescape=True,
@@ -146,5 +146,5 @@ def _environment() -> Environment:
     loader = environment.loader
     assert loader is not None
     environment.globals["asset"] = lambda name: Markup(loader.get_source(environment, name)[0])
-    environment.filters.update(chart_id=_chart_id, signed=signed)
+    environment.filters.update(chart_id=_chart_id, signed=signed, code=_code)
     return environment

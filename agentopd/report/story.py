@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from agentopd.evaluation.metrics import SkillScore
 from agentopd.evaluation.retention import RetentionMatrix
 from agentopd.evaluation.statistics import Difference, paired_difference
+from agentopd.report.charts import number
 from agentopd.report.collect import RunData
 
 
@@ -46,11 +48,35 @@ def skill_rows(run: RunData, matrix: RetentionMatrix | None) -> list[SkillRow]:
     return [_row(name, run.roles.get(name, ""), base, after, teacher, matrix) for name in names]
 
 
-def sentences(rows: list[SkillRow]) -> list[str]:
-    """The story, one sentence a skill, new skills first; nothing is claimed beyond its interval."""
+def story(rows: list[SkillRow]) -> list[tuple[SkillRow, str]]:
+    """One sentence a skill, new skills first; nothing is claimed beyond its interval."""
     told = [row for row in rows if row.change is not None and row.base is not None and row.after is not None]
     told.sort(key=lambda row: row.role == "old")
-    return [_sentence(row) for row in told]
+    return [(row, _sentence(row)) for row in told]
+
+
+def tiles(run: RunData) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of the run's totals at a glance; those that were logged."""
+    steps = f"of {run.planned_steps} planned" if run.planned_steps else ""
+
+    def count(key: str) -> str:
+        total = _total(run.rows, key)
+        return f"{total:,.0f}" if total < 100_000 else number(total)
+
+    hours = sum(_total(run.rows, f"time/{phase}") for phase in ("rollout", "teacher", "verify", "learner")) / 3600
+    unjudged = sum(_total(run.rows, f"{skill}/infra_errors") for skill in run.skills)
+    found = [
+        ("Steps", str(run.done_steps), steps),
+        ("Episodes", count("rollout/episodes"), f"{unjudged:.0f} without a verdict"),
+        ("Tokens sampled", count("rollout/tokens"), "by the student"),
+        ("Tokens read", count("teacher/tokens"), "by teachers"),
+        ("Time", f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min", "rollout, teacher and learner"),
+    ]
+    return [tile for tile in found if tile[1] not in ("0", "0.0 min")]
+
+
+def _total(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return sum(float(row[key]) for row in rows if isinstance(row.get(key), int | float))
 
 
 def signed(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 
@@ -48,6 +49,7 @@ class _Script:
         return self._renderer.observe(messages) if self._renderer else []
 
     async def act(self, turn: int, token_ids: Sequence[int], room: int) -> Act | None:
+        await asyncio.sleep(0)  # Scripts that run at once take turns, as students do.
         if turn >= len(self._texts):
             return None
         text = self._texts[turn]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from agentopd.contracts import Evidence, FloatArray, IntArray
 from agentopd.errors import TeacherError, boundary
-from agentopd.learner.head import Head, head_logprobs, head_topk, hidden_states, output_head
+from agentopd.learner.body import hidden_states
+from agentopd.learner.head import Head, head_logprobs, head_topk, output_head
 from agentopd.objective.microbatches import bucket_by_length
 from agentopd.types import Episode
 

@@ -14,7 +14,10 @@ import json
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
+
+from pydantic import BaseModel
 
 from agentopd.contracts import AssistantTurn, EpisodeContext, StepResult
 from agentopd.errors import EnvironmentFault, TaskError, ToolError, boundary
@@ -32,6 +35,7 @@ from agentopd.types import (
     ToolCall,
     ToolSchema,
 )
+from agentopd_envs.adapters import rows
 from agentopd_envs.function_verifier import register_score
 from agentopd_envs.splits import procedural
 from agentopd_envs.tools import Tool, ToolOptions, tools_of
@@ -53,12 +57,16 @@ class BaseEnvironment:
     """Task sources. ``micro``, the default everywhere, is a procedural one that needs no files."""
     loaders: ClassVar[Mapping[str, TaskLoader]] = {}
     """Sources that are read by a function; any other source is ``generate``'s."""
+    row: ClassVar[type[BaseModel] | None] = None
+    """The fields from which ``from_row`` makes a task, for data sets that a TOML file describes (``adapters.rows``)."""
     system: ClassVar[str] = ""
     limits: ClassVar[Limits] = Limits()
     chance: ClassVar[float] = 0.0
     """Share of tasks that random valid calls (or guesses) may solve: 0.25 for a choice of four."""
     capabilities: ClassVar[frozenset[str]] = frozenset()
     """Isolation the sandbox must have for this environment: ``net``, ``pid``, …"""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Pure-Python packages that its programs import: the sandbox offers them read-only."""
 
     task: Task
     ctx: EpisodeContext
@@ -72,6 +80,11 @@ class BaseEnvironment:
     def generate(cls, rng: random.Random) -> Task:
         """One random task, usually built with ``new_task``; id, split and seed are filled in by ``load_tasks``."""
         raise TaskError(f"environment {cls.name!r} generates no tasks: write `generate`, or give it `loaders`")
+
+    @classmethod
+    def from_row(cls, row: Any) -> Task:
+        """The task of one row, an instance of ``cls.row``; id, split, seed and source are filled in."""
+        raise TaskError(f"environment {cls.name!r} makes no tasks of rows: write `from_row`")
 
     @classmethod
     def new_task(
@@ -94,10 +107,17 @@ class BaseEnvironment:
         )
 
     @classmethod
+    def has_source(cls, source: str) -> bool:
+        """Whether a source is one of ``sources``, a ``file.py:loader`` or a TOML file that describes a data set."""
+        return source in cls.sources or ":" in source or source.endswith(".toml")
+
+    @classmethod
     def load_tasks(cls, split: Split, source: str, limit: int | None, seed: int) -> Iterable[Task]:
         """Tasks of one split from a named source; see the protocol. Generated tasks are split by their content."""
         if source in cls.loaders:
             return cls.loaders[source](split, limit, seed)
+        if source.endswith(".toml"):
+            return rows.tasks(cls, Path(source), split, limit, seed)
         if source not in cls.sources:
             registered: TaskLoader = datasets.get(source)
             return registered(split, limit, seed)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from agentopd.contracts import Case, CaseResult, Program, SandboxLimits
-from agentopd.errors import SandboxError, UserError
+from agentopd.errors import ConfigError, SandboxError
 from agentopd_sandboxes.pool import CellDied, Worker, run_program
 from agentopd_sandboxes.pool import probe as probe_worker
 from agentopd_sandboxes.protocol import checked, checked_workers
@@ -184,7 +184,7 @@ def _location(name: str) -> str:
     """The directory or file of an importable top-level package or module."""
     spec = importlib.util.find_spec(name)
     if spec is None or not (spec.submodule_search_locations or spec.origin):
-        raise UserError(f"a sandbox cannot offer the library {name!r}: it is not installed here")
+        raise ConfigError(f"a sandbox cannot offer the library {name!r}: it is not installed here")
     return next(iter(spec.submodule_search_locations or ()), None) or str(spec.origin)
 
 

@@ -1,6 +1,8 @@
 """Stages to run checks on, without a jail: programs are those of the tests themselves."""
 
 import asyncio
+import sys
+import types
 
 import pytest
 
@@ -26,7 +28,26 @@ class TrustingSandbox:
         pass
 
     async def run_cases(self, program, cases, limits=None):
+        if "judge.ini" in program.files:
+            return [self._run_test(program.files, case.id) for case in cases]
         return [self._run(program.source, case) for case in cases]
+
+    def _run_test(self, files, node):
+        """One test of a suite, on modules made of the files; what would leave or patch the process is not run."""
+        texts = {name.removeprefix("project/"): text for name, text in files.items() if name.startswith("project/")}
+        if any("os._exit" in text or "_pytest" in text for text in texts.values()):
+            return CaseResult(node, CaseStatus.NO_RESULT)
+        try:
+            for name in sorted((name for name in texts if not name.startswith("tests/")), key=len):
+                module = types.ModuleType(name.removesuffix(".py").replace("/__init__", "").replace("/", "."))
+                module.__path__ = []
+                sys.modules[module.__name__] = module
+                exec(texts[name], module.__dict__)
+            path, _, test = node.partition("::")
+            exec(f"{texts[path]}\n{test}()", {})
+        except Exception as exc:
+            return CaseResult(node, CaseStatus.EXCEPTION, detail=f"{type(exc).__name__}: {exc}")
+        return CaseResult(node, CaseStatus.VALUE, [(node, when, "passed") for when in ("setup", "call", "teardown")])
 
     def _run(self, source, case):
         scope = {"args": list(case.args)}

@@ -13,12 +13,14 @@ from agentopd_verifiers.code import CodeVerifier
 from agentopd_verifiers.judge import Finding
 from agentopd_verifiers.math import MathVerifier
 from agentopd_verifiers.state import StateVerifier
+from agentopd_verifiers.suite import SuiteVerifier
 
 pytestmark = pytest.mark.slow
 
 PASS, FAIL = Finding(1.0, VerdictStatus.OK), Finding(0.0, VerdictStatus.WRONG)
 WORLDS = {MathVerifier: ("math", "micro"), CodeVerifier: ("code_repair", "micro"),
-          StateVerifier: ("tool_use", "micro"), CallsVerifier: ("tool_use", "bfcl")}  # fmt: skip
+          StateVerifier: ("tool_use", "micro"), CallsVerifier: ("tool_use", "bfcl"),
+          SuiteVerifier: ("repo_repair", "micro")}  # fmt: skip
 
 
 async def always_pass(judge, task, episode):
@@ -96,9 +98,14 @@ async def names_only(judge, task, episode):
     return PASS if wanted == [call.name for turn in episode.turns for call in turn.tool_calls] else FAIL
 
 
+async def shown_tests_only(judge, task, episode):
+    """Suite: what the student could run is all that is run."""
+    return await judge(task.model_copy(update={"hidden": {**task.hidden, "tests": task.public["tests"]}}), episode)
+
+
 GENERAL = (always_pass, always_fail, inverted, anything_goes, faults_pass, faults_fail, half_credit, never_sure)
 OWN = {MathVerifier: off_by_one, CodeVerifier: shown_cases_only, StateVerifier: no_frame_condition,
-       CallsVerifier: names_only}  # fmt: skip
+       CallsVerifier: names_only, SuiteVerifier: shown_tests_only}  # fmt: skip
 
 
 def mutated(verifier, way):

@@ -154,7 +154,7 @@ def test_allowing_a_stranger_is_an_error():
         require_certificates({"environment": skill_of("math")}, ["maths"])
 
 
-@pytest.mark.parametrize("env", ["math", "code_repair", "tool_use"])
+@pytest.mark.parametrize("env", ["math", "math_tools", "code_repair", "repo_repair", "tool_use", "retail"])
 def test_shipped_certificates_are_current(env):
     """If this fails, what is certified has changed: run ``make certificates``."""
     assert is_certified(skill_of(env, "micro"))
@@ -163,8 +163,9 @@ def test_shipped_certificates_are_current(env):
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("env", "source"),
-    [("math", "gsm8k"), ("code_repair", "quixbugs"), ("code_repair", "humanevalfix"), ("tool_use", "bfcl")],
-)
+    [("math", "gsm8k"), ("math_tools", "gsm8k"), ("code_generation", "humaneval"), ("code_generation", "mbpp"),
+     ("code_repair", "quixbugs"), ("code_repair", "humanevalfix"), ("tool_use", "bfcl"), ("bfcl_multi_turn", "bfcl")],
+)  # fmt: skip
 def test_shipped_certificates_of_benchmarks_are_current(env, source, data_dir):
     """If this fails, run ``make certificates`` with AGENTOPD_DATA set."""
     assert is_certified(skill_of(env, source))

@@ -44,12 +44,13 @@ def openings(count: int = 9) -> list[list[int]]:
 def prefilled(model: Any) -> list[int]:
     """Token positions of every forward pass, padding included, decoding steps left out."""
     seen: list[int] = []
+    play(HFEngine(model), openings(), turns=1)  # Tries once whether this model can be packed.
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
         if kwargs["input_ids"].shape[1] > 1:
             seen.append(kwargs["input_ids"].numel())
 
-    model.register_forward_pre_hook(note, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     return seen
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import pytest
 
 from agentopd.contracts import AssistantTurn, CaseResult, CaseStatus, EpisodeContext
+from agentopd.errors import SandboxError
 from agentopd.registry import verifiers
 from agentopd.types import Episode, Message, StopReason, Turn
+from agentopd_sandboxes.jail import JailSandbox
 
 SHIPPED_VERIFIERS = {
     "math": "agentopd_verifiers.math:MathVerifier",
@@ -115,6 +117,32 @@ def outcome():
         assert verdict.outcome is not None, verdict
         return verdict.outcome
 
+    yield lambda *args, **kwargs: asyncio.run(judge(*args, **kwargs))
+    for verifier in loaded.values():
+        if hasattr(verifier, "close"):
+            verifier.close()
+
+
+@pytest.fixture
+def outcomes():
+    """``outcomes(env_class, tasks, turns_of, libraries=())``: by task id, in one jail; skips where no jail starts."""
+
+    async def judge(env_class, tasks, turns_of, libraries=()):
+        sandbox = JailSandbox(workers=2, libraries=libraries)
+        try:
+            await sandbox.start()
+            found = {}
+            for task in tasks:
+                played = await _play(env_class, task, turns_of(task), sandbox)
+                verifier = loaded.setdefault(name := env_class.verifier_for(task), verifiers.get(name)())
+                found[task.id] = (await verifier.verify(task, played.episode, sandbox)).outcome
+            return found
+        except SandboxError as error:
+            pytest.skip(f"no sandbox here: {error}")
+        finally:
+            await sandbox.aclose()
+
+    loaded = {}
     yield lambda *args, **kwargs: asyncio.run(judge(*args, **kwargs))
     for verifier in loaded.values():
         if hasattr(verifier, "close"):

@@ -9,10 +9,12 @@ from torch.testing import assert_close
 
 from agentopd.config.run import LearnerConfig
 from agentopd.errors import ConfigError, InfraError
+from agentopd.learner.body import hidden_states
 from agentopd.learner.deepspeed import DeepSpeedLearner
-from agentopd.learner.head import head_logprobs, hidden_states, output_head
+from agentopd.learner.head import output_head
 from agentopd.objective.compose import compute_loss
 from agentopd.objective.streams import Streams
+from tests.plain_head import plain_logprobs
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def plain_steps(model, batches, objective, lr=1e-2):
     optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     for batch in batches:
         hidden = hidden_states(model, batch.input_ids_BT, batch.row_N, batch.position_N)
-        scored = head_logprobs(hidden, output_head(model), batch.target_N, batch.teacher_topk_ids_NK)
+        scored = plain_logprobs(hidden, output_head(model), batch.target_N, batch.teacher_topk_ids_NK)
         compute_loss(Streams(batch, *scored), objective).loss.backward()
         for master, p in zip(masters, params, strict=True):
             master.grad, p.grad = p.grad.float(), None
@@ -64,8 +66,8 @@ def test_steps_equal_plain_torch(learner, make_batch, tiny_model, objective, dty
     gap = torch.cat([(a.detach().float() - b.detach().float()).abs().flatten() for a, b in pairs])
     if dtype == torch.float32:
         assert gap.max() < 1e-5
-    else:  # rows share micro-batches in another order, so a few weights may round to the neighbouring bf16 number
-        assert gap.max() < 2**-7 + 1e-6
+    else:  # gradients agree to bf16 rounding, and Adam gives a weight without gradient a step by the rounding's sign
+        assert (gap > 2**-7).float().mean() < 1e-3
         assert gap.mean() < 2e-4
     assert all(metrics["learner/grad_norm"] > 0 for metrics in found)
 
@@ -156,6 +158,19 @@ def test_a_loss_that_is_not_finite_is_a_fault_and_leaves_the_weights(learner, ma
     with pytest.raises(InfraError, match="not finite"):
         trained.step(replace(batch, advantage_N=batch.advantage_N * torch.nan))
     assert all(torch.equal(weights(trained)[name], weight) for name, weight in before.items())
+
+
+def test_what_is_inspected_is_what_the_step_uses_and_changes_nothing(learner, make_batch):
+    one, batch = learner(), make_batch()
+    before = weights(one)
+    found = one.inspect(batch)
+    assert_close(weights(one), before)
+    metrics = one.step(batch)
+    guidance = [teacher_term for _, teacher_term in found]
+    weight_N, part_N = (torch.cat([getattr(g, name) for g in guidance]) for name in ("weight_N", "part_N"))
+    assert metrics["distill/weight"] == pytest.approx(weight_N[part_N].mean().item(), rel=1e-5)
+    logprobs_N = torch.cat([logprobs for logprobs, _ in found])
+    assert metrics["student/nll"] == pytest.approx(-logprobs_N.mean().item(), rel=1e-5)
 
 
 def test_metrics_name_the_skills(learner, make_batch):

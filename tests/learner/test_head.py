@@ -1,18 +1,19 @@
-"""The chunked head agrees with plain log-softmax, value and gradient, and never sees what it does not need."""
+"""The chunked head agrees with plain log-softmax, and never sees what it does not need."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from agentopd.errors import ConfigError
-from agentopd.learner.head import Head, head_logprobs, head_topk, hidden_states, output_head
+from agentopd.learner.body import hidden_states
+from agentopd.learner.head import Head, head_logprobs, head_topk, output_head
 
 
 def inputs(bias, n=11):
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, 8, generator=g, requires_grad=True)
-    weight = torch.randn(20, 8, generator=g, requires_grad=True)
-    offset = torch.randn(20, generator=g, requires_grad=True) if bias else None
+    hidden = torch.randn(n, 8, generator=g)
+    weight = torch.randn(20, 8, generator=g)
+    offset = torch.randn(20, generator=g) if bias else None
     return hidden, Head(weight, offset), torch.randint(20, (n,), generator=g), torch.randint(20, (n, 5), generator=g)
 
 
@@ -20,18 +21,10 @@ def inputs(bias, n=11):
 @pytest.mark.parametrize("chunk", [4, 11, 100])
 def test_chunks_agree_with_plain_log_softmax(bias, chunk):
     hidden, head, target, ids = inputs(bias)
-    leaves = [hidden, head.weight] + ([head.bias] if bias else [])
     full = torch.nn.functional.linear(hidden, head.weight, head.bias).log_softmax(-1)
     expected = full.gather(1, target[:, None])[:, 0], full.gather(1, ids)
-    found = head_logprobs(hidden, head, target, ids, chunk)
-    weights = torch.randn(11), torch.randn(11, 5)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(head_logprobs(hidden, head, target, ids, chunk), expected, strict=True):
         assert_close(a, b)
-    grads = [
-        torch.autograd.grad((x[0] * weights[0]).sum() + (x[1] * weights[1]).sum(), leaves) for x in (found, expected)
-    ]
-    for a, b in zip(*grads, strict=True):
-        assert_close(a, b, atol=1e-5, rtol=1e-5)
     logprobs, top_ids, top = head_topk(hidden, head, target, 3, chunk)
     assert_close(logprobs, expected[0])
     assert_close(top, full.topk(3).values)

@@ -5,11 +5,13 @@ import torch
 from torch.testing import assert_close
 
 from agentopd.config.run import LearnerConfig
+from agentopd.learner.body import hidden_states
 from agentopd.learner.deepspeed import DeepSpeedLearner
-from agentopd.learner.head import head_logprobs, hidden_states, output_head
+from agentopd.learner.head import output_head
 from agentopd.objective.compose import compute_loss
 from agentopd.objective.microbatches import deal_rows
 from agentopd.objective.streams import Streams
+from tests.plain_head import plain_logprobs
 
 
 @pytest.fixture
@@ -80,4 +82,4 @@ def test_more_mini_batches_than_rows_are_as_many_steps_as_rows(learner, make_bat
 
 def _score(model, batch):
     hidden = hidden_states(model, batch.input_ids_BT, batch.row_N, batch.position_N)
-    return head_logprobs(hidden, output_head(model), batch.target_N, batch.teacher_topk_ids_NK)
+    return plain_logprobs(hidden, output_head(model), batch.target_N, batch.teacher_topk_ids_NK)

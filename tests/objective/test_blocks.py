@@ -14,8 +14,9 @@ from agentopd.objective.anchors import gold_nll
 from agentopd.objective.masks import hidden_tail
 from agentopd.objective.microbatches import bucket_by_length
 from agentopd.objective.reference import k2
-from agentopd.objective.routers import agreement, shown_weight, three_weights
+from agentopd.objective.routers import agreement, route, three_weights
 from agentopd.objective.trust import budget_scale, cap_scale, importance_weight, inside_trust_region, ppo_surrogate
+from agentopd.objective.views import Views
 from agentopd.objective.weights import span_weights, step_weights
 
 quick = settings(max_examples=25, deadline=None)
@@ -59,12 +60,17 @@ def test_advantages_follow_a_permutation(rewards, rnd):
     assert [direct[i] for i in order] == pytest.approx(shuffled, abs=1e-6)
 
 
+def routed_weight(router, sigma_N, delta_N):
+    zeros_N = torch.zeros_like(delta_N)
+    return route(router, Views(delta_N, zeros_N, sigma_N, zeros_N, zeros_N.bool())).weight_N
+
+
 @pytest.mark.parametrize(
     ("sigma", "delta", "weight"),
     [(1, 2, 1.0), (1, -2, 0.25), (-1, -2, 1.0), (-1, 2, 0.25), (0, 2, 0.5), (0, -2, 0.5), (1, 0, 0.5), (0.5, 1, 0.75)],
 )
 def test_quadrants_of_the_calibrated_weight(sigma, delta, weight):
-    found = shown_weight(CalibratedRouter(), torch.tensor([float(sigma)]), torch.tensor([float(delta)]))
+    found = routed_weight(CalibratedRouter(), torch.tensor([float(sigma)]), torch.tensor([float(delta)]))
     assert found.item() == weight
 
 
@@ -79,7 +85,7 @@ def test_calibrated_weight_is_monotone_in_agreement(first, second):
 def test_equal_weights_and_uniform_router_are_the_identity():
     a = torch.linspace(-1, 1, 11)
     assert three_weights(a, 1.0, 1.0, 1.0).tolist() == [1.0] * 11
-    assert shown_weight(UniformRouter(), a, torch.ones(11)).tolist() == [1.0] * 11
+    assert routed_weight(UniformRouter(), a, torch.ones(11)).tolist() == [1.0] * 11
     assert agreement(a, torch.zeros(11)).tolist() == [0.0] * 11
 
 

@@ -261,6 +261,7 @@ def test_reference_pull_is_added(sample, preset):
     [
         ({"source": "gold"}, "student"),
         ({"source": "teacher", "anchor": {"kind": "gold_nll"}}, "source = 'gold'"),
+        ({"source": "gold", "anchor": {"kind": "gold_nll", "prompts": "unsolved"}}, "anchor.prompts chooses"),
         ({"divergence": {"kind": "none"}, "router": {"kind": "calibrated"}}, "router"),
         ({"divergence": {"kind": "none"}}, "empty"),
     ],

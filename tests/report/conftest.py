@@ -6,7 +6,8 @@ import random
 import pytest
 
 from agentopd.evaluation.metrics import EvalResult, score_skill
-from agentopd.tracking import JsonlTracker, KeptEpisode, Provenance, RunDirectory, Session
+from agentopd.trackers import JsonlTracker
+from agentopd.tracking import KeptEpisode, Provenance, RunDirectory, Session
 from agentopd.types import (
     Episode,
     Flag,
@@ -123,6 +124,7 @@ def kept(step, skill, index, status=VerdictStatus.OK):
     return KeptEpisode(
         step=step, skill=skill, replay=skill == "math", episode=episode, verdict=_full_verdict(status),
         tokens=tuple(prompt + first + observation + second), teacher_logprobs=teacher, mask_reasons=masks,
+        agreement=tuple(0.0 if mask else rng.choice((-1.0, 0.0, 1.0)) for mask in masks),
         weights=tuple(0.0 if mask else 0.5 for mask in masks),
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ def test_gaps_break_the_line():
     chart = line_chart("t", "k", [Series("a", [(0, 1.0), (1, None), (2, 3.0), (3, 4.0)])])
     assert chart is not None
     assert chart.lines[0].path.count("M") == 2
-    assert chart.hover["series"] == [{"name": "a", "y": ["1", None, "3", "4"]}]
+    assert chart.hover["series"] == [{"name": "a", "y": ["1", None, "3", "4"], "colour": 0}]
 
 
 def test_a_schedule_is_drawn_as_it_is_and_noise_is_smoothed():

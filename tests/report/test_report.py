@@ -1,18 +1,22 @@
 """The page: alone in one file, safe against what a model may write, and honest about what is missing."""
 
 import json
+import re
+import time
 from html.parser import HTMLParser
 
 import pytest
 
 from agentopd.errors import UserError
+from agentopd.mixture import Action
 from agentopd.report import build_report, write_retention_page
-from agentopd.report.collect import collect
-from agentopd.report.inspector import choose, prompt_messages, view
+from agentopd.report.collect import MAX_EPISODES, collect
+from agentopd.report.inspector import choose, diffs, prompt_messages, view
 from agentopd.report.page import embedded
 from agentopd.report.panels import make_panels
-from agentopd.report.story import sentences, skill_rows
-from agentopd.tracking import Provenance, RunDirectory
+from agentopd.report.story import skill_rows, story
+from agentopd.tracking import Provenance, RunDirectory, read_jsonl
+from agentopd.types import Message, Task
 
 
 class Page(HTMLParser):
@@ -57,7 +61,7 @@ def test_the_page_loads_nothing(finished):
 
 def test_what_a_model_wrote_never_becomes_markup(finished):
     text, page = build(finished)
-    assert page.tags.count("script") == 2 and "img" not in page.tags and page.handlers == []
+    assert page.tags.count("script") == 3 and "img" not in page.tags and page.handlers == []
     assert "alert(1)</script>" not in text and "\u2028" not in text
     told = json.dumps(page.data["episodes"])
     assert "</script><script>alert(1)" in told  # shown to the reader as it was written
@@ -72,7 +76,7 @@ def test_a_dozen_episodes_can_be_read_token_by_token(finished):
     for episode in episodes:
         assert [role for role, _ in episode["prompt"]] == ["system", "user"]
         for turn in episode["turns"]:
-            lengths = {len(turn[stream]) for stream in ("tokens", "student", "teacher", "weights", "masks")}
+            lengths = {len(turn[stream]) for stream in ("tokens", "student", "teacher", "gate", "weights", "masks")}
             assert len(lengths) == 1
     first = episodes[0]["turns"][0]
     assert first["calls"] == [["edit", '{"old": "a+b", "new": "a-b"}']]
@@ -89,7 +93,7 @@ def test_every_chart_has_its_readout(finished):
 
 def test_the_story_claims_only_what_intervals_allow(finished):
     run = collect(finished.path)
-    told = sentences(skill_rows(run, run.retention()))
+    told = [sentence for _, sentence in story(skill_rows(run, run.retention()))]
     assert told[0].startswith("The new skill repair rose from 30.0 % to 81.7 % (+51.7 points")
     assert told[2].startswith("The old skill math shows no measurable loss: 86.7 % to 83.3 %")
     assert run.missing() == []
@@ -98,6 +102,7 @@ def test_the_story_claims_only_what_intervals_allow(finished):
 def test_an_interrupted_run_says_what_is_missing(started):
     text, _ = build(started)
     assert "its final evaluation is missing; there is none after training yet" in text
+    assert "<code>agentopd resume</code>" in text
     assert "unfinished" in text and "rose from" not in text
 
 
@@ -129,10 +134,14 @@ def test_no_run_no_report(tmp_path):
 def test_every_numeric_metric_is_charted_once(finished):
     run = collect(finished.path)
     panels = make_panels([*run.rows, {"step": 121, "odd": 1, "note": "text", "nan": None}], run.skills)
-    charts = [*panels.curves, *panels.signal, *panels.cost]
-    drawn = sum(len(chart.lines) for chart in charts)
-    assert drawn == len({key for row in run.rows for key in row} - {"step"}) + 1
-    assert [chart.caption for chart in panels.curves[:2]] == ["success", "distill/reverse_kl"]
+    groups = [*panels.learning, *panels.signal, *panels.cost]
+    lines = sum(len(chart.lines) for chart in panels.charts)
+    zero = [title for group in groups for title in group.zero]
+    assert zero == ["Attempts without a verdict"]
+    assert lines + len(run.skills) == len({key for row in run.rows for key in row} - {"step"}) + 1
+    assert [chart.caption for chart in panels.learning[0].charts[:2]] == ["success", "distill/reverse_kl"]
+    by_name = {chart.caption: chart for chart in panels.charts}
+    assert [line.colour for line in by_name["success"].lines] == [0, 1, 2]
     assert {bar.label for bar in panels.phases} == {"rollout", "teacher", "verify", "learner"}
     assert sum(int(bar.share.split()[0]) for bar in panels.phases) == pytest.approx(100, abs=2)
 
@@ -151,6 +160,70 @@ def test_one_huge_episode_does_not_push_out_the_rest(finished):
     assert len(choose([huge, *kept[1:]], budget=60_000)) == 11
 
 
+def test_a_sample_of_episodes_is_even_over_the_run(finished):
+    steps = [kept.step for kept in finished.kept_episodes(at_most=4)]
+    assert steps == [1, 40, 80, 120] and finished.num_kept_episodes() == 12
+    assert len(list(finished.kept_episodes(at_most=5))) == 5 and len(list(finished.kept_episodes(at_most=50))) == 12
+
+
+def long_run(run, num_episodes):
+    """Four episodes a step, and the metrics of as many steps."""
+    lines = [kept.model_dump_json() for kept in run.kept_episodes()]
+    row = json.dumps(read_jsonl(run.metrics)[-1] | {"step": 0}).removeprefix('{"step": 0,')
+    with run.metrics.open("a") as metrics:
+        for step in range(121, 121 + num_episodes // 4):
+            group = [lines[(4 * step + i) % 12] for i in range(4)]
+            (run.episodes / f"step_{step:06d}.jsonl").write_text("\n".join(group) + "\n")
+            metrics.write(f'{{"step": {step},{row}\n')
+
+
+@pytest.mark.parametrize(
+    "num_episodes",
+    [
+        pytest.param(4000, marks=pytest.mark.slow),
+        pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_a_long_run_is_sampled_and_says_so(finished, num_episodes):
+    long_run(finished, num_episodes)
+    started = time.process_time()
+    text, page = build(finished)
+    assert time.process_time() - started < 60
+    told = re.search(rf"This page is a sample: (\d+) of the {num_episodes + 12:,} episodes that were kept", text)
+    assert told and int(told[1]) == len(page.data["episodes"]) <= MAX_EPISODES
+    assert {episode["class"] for episode in page.data["episodes"]} == {"passed", "failed", "unjudged"}
+    assert len(text.encode()) < 5_000_000
+
+
+def test_a_torn_episode_file_is_read_up_to_the_tear(finished):
+    (finished.episodes / "step_000121.jsonl").write_text('{"step": 121, "ep')
+    assert len(collect(finished.path).episodes) == 12
+
+
+def test_what_an_episode_changed_is_a_diff(finished):
+    kept = next(finished.kept_episodes())
+    start = {"program": "def f(a):\n    return a + 1\n", "stock": {"tea": 2}, "only": "here"}
+    task = Task(
+        id="t",
+        env="x",
+        prompt=(Message(role="user", content="?"),),
+        public=start,
+        hidden={"gold": "def f(a):\n    return a\n"},
+    )
+    end = {"program": "def f(a):\n    return a - 1\n", "stock": {"tea": 2}, "more": 1}
+    shown = diffs(
+        kept.model_copy(update={"task": task, "episode": kept.episode.model_copy(update={"final_state": end})})
+    )
+    program = ["@@ -1,2 +1,2 @@", " def f(a):", "-    return a + 1"]
+    assert shown == [["program", [*program, "+    return a - 1"]], ["gold", [*program, "+    return a"]]]
+
+
+def test_actions_of_replay_and_guards_are_listed(finished):
+    finished.record(Action(step=60, action="raise_share", skill="math", drop=0.05, before=0.25, after=0.5))
+    text, _ = build(finished)
+    assert "<td>raise share</td><td>math</td><td>+5.0</td><td>0.25</td><td>0.5</td>" in text
+
+
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
@@ -167,7 +240,8 @@ def test_the_picture_of_a_matrix_stands_alone(finished, tmp_path):
     matrix = collect(finished.path).retention()
     assert matrix is not None
     text = write_retention_page(matrix, tmp_path / "retention.html", {"math": "old"}).read_text()
-    assert text.count("<td ") == 15 and "86.7" in text and "Mean forgetting" in text
+    assert text.count("<td style=") == 15 and "86.7" in text and "Mean forgetting" in text
+    assert "−3.3 (−8.3 to +0.0)" in text
     assert "<script" not in text and "http" not in text
 
 

@@ -95,7 +95,10 @@ class TalkingEngine:
         finish = "stop" if len(ids) <= room else "length"
         return Generation(tuple(ids[:room]), (-0.5,) * len(ids[:room]), finish, weight_version=4)
 
-    def sync_weights(self, version: int) -> None:
+    def sync_weights(self, version: int) -> dict[str, float]:
+        return {}
+
+    def sleep(self) -> None:
         pass
 
     async def aclose(self) -> None:

@@ -97,7 +97,10 @@ class FailingEngine:
         made: list[Generation] = await self.inner.generate(requests)
         return made
 
-    def sync_weights(self, version: int) -> None:
+    def sync_weights(self, version: int) -> dict[str, float]:
+        return {}
+
+    def sleep(self) -> None:
         pass
 
     async def aclose(self) -> None:

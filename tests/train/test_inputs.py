@@ -23,7 +23,7 @@ ONE_SKILL = (
 
 def metrics(path: Path) -> list[dict]:
     return [
-        {key: value for key, value in row.items() if not key.startswith("time/")}
+        {key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))}
         for row in read_jsonl(path / "metrics.jsonl")
     ]
 

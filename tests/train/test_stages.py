@@ -44,7 +44,7 @@ BREAKING = (
 
 def metrics(path: Path) -> list[dict]:
     rows = read_jsonl(path / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
 
 
 def test_a_guarded_continual_run_acts_and_resumes_exactly(quickstart, small, tmp_path):

@@ -22,7 +22,7 @@ from agentopd.train import train
 
 pytestmark = pytest.mark.slow
 
-UNTIMED = ("time/",)
+UNTIMED = ("time/", "memory/")
 
 
 def metrics(path: Path) -> list[dict]:
@@ -55,6 +55,8 @@ def test_a_run_leaves_everything_a_reader_needs(quickstart, small):
     for item in kept:
         assert len(item.teacher_logprobs) == item.episode.num_sampled
         assert any(reason == "special" for reason in item.mask_reasons)
+        assert all(not w for w, reason in zip(item.weights, item.mask_reasons, strict=True) if reason)
+        assert len(item.agreement) == len(item.old_logprobs) == item.episode.num_sampled
 
 
 @pytest.mark.parametrize("example", ["my_env.py:Thermostat", "my_question.py:Backwards"])

@@ -31,12 +31,13 @@ def select(file: str, model: type[R], limit: int | None, seed: int) -> list[R]:
 
     Raises ``ConfigError`` where the folder or file is missing, ``TaskError`` naming the line of a bad row.
     """
-    rows = list(_read(_locate(file), model))
+    rows = list(_read(locate(file), model))
     random.Random(seed).shuffle(rows)
     return rows[:limit]
 
 
-def _locate(file: str) -> Path:
+def locate(file: str) -> Path:
+    """A file of the folder; ``ConfigError`` says what to set."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         raise ConfigError(f"{VARIABLE} is not set: set it to the folder that holds {file}")

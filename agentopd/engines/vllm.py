@@ -1,0 +1,149 @@
+"""vLLM beside the learner: continuous batching in a process of its own, fed token ids.
+
+Its ``AsyncLLM`` lives on an event loop in a background thread, so that callers may come from any loop or from none.
+The keys and values of earlier turns are found by vLLM's prefix cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import count
+from typing import Any
+
+from agentopd.config.engines import VLLMConfig
+from agentopd.contracts import Generation, GenerationRequest
+from agentopd.engines.canary import Canary
+from agentopd.engines.requests import check_finite, check_fits
+from agentopd.engines.vllm_process import common_args, require_vllm, start
+from agentopd.engines.weight_sync import DiskSync, TransferSync, WeightSync
+from agentopd.errors import ConfigError, EngineError, boundary
+
+
+class VLLMEngine:
+    """Samples from a copy of ``model`` (the learner's own Hugging Face model) that ``sync_weights`` brings up to date.
+
+    Seeds belong to requests, but rounding depends on who shares a batch, so samples repeat as far as batches do.
+    Raises ``ConfigError`` where vLLM is not installed, and ``EngineError`` for what fails later.
+    """
+
+    lockstep = False
+
+    def __init__(self, model: Any, config: VLLMConfig) -> None:
+        require_vllm()
+        limit = model.config.max_position_embeddings
+        self.max_context = int(min(config.max_context or limit, limit))
+        self.weight_version = 0
+        self._request_ids = count()
+        self._on_gpu = next(model.parameters()).device.type == "cuda"
+        self._asleep = False
+        self._canary = Canary(model, self.max_context, config.canary_bound)
+        if config.sync == "ipc" and not self._on_gpu:
+            raise ConfigError("rollout.vllm.sync = 'ipc' shares GPU memory, and there is no GPU: use 'auto' or 'disk'")
+        through_gpu = config.sync == "ipc" or (config.sync == "auto" and self._on_gpu)
+        self._sync: WeightSync = TransferSync(model) if through_gpu else DiskSync(model)
+        args = {**_engine_args(config, model, self.max_context, self._on_gpu), **self._sync.engine_args}
+        with ExitStack() as started, boundary(EngineError, "starting vLLM"):
+            started.callback(self._sync.close)
+            self._llm = start(args, config.timeout_s)
+            started.callback(self._llm.close)
+            self._check()
+            self._started = started.pop_all()
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """One continuation per request, in order; cancelling the call aborts them in vLLM."""
+        for request in requests:
+            check_fits(request, self.max_context)
+        if self._asleep:
+            raise EngineError("vLLM sleeps and its weights are gone: call sync_weights first")
+        with boundary(EngineError, "generating with vLLM"):
+            return await self._llm.loop.run(self._generate(requests))
+
+    def sync_weights(self, version: int) -> dict[str, float]:
+        """Push the learner's weights, forget what was cached under the old ones, and ask the canary.
+
+        Returns ``sync/canary``, the mean difference in nats. Raises ``EngineError`` above its bound.
+        """
+        with boundary(EngineError, f"bringing vLLM to weight version {version}"):
+            if self._asleep:
+                self._llm.call("wake_up", ["weights"])
+            self._sync.push(self._llm)
+            if self._asleep:
+                self._llm.call("wake_up", ["kv_cache"])
+                self._asleep = False
+            self._llm.call("reset_prefix_cache")
+            self.weight_version = version
+            return {"sync/canary": self._check()}
+
+    def sleep(self) -> None:
+        """Free vLLM's GPU memory until the next ``sync_weights``; nothing on a CPU, where vLLM cannot."""
+        if self._on_gpu and not self._asleep:
+            with boundary(EngineError, "putting vLLM to sleep"):
+                self._llm.call("sleep", 2)
+            self._asleep = True
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that vLLM still works on."""
+        return int(self._llm.llm.get_num_unfinished_requests())
+
+    async def aclose(self) -> None:
+        """Stop vLLM's process and remove what the sync left on disk."""
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """``aclose`` for callers without an event loop."""
+        self._started.close()
+
+    def _check(self) -> float:
+        return self._canary.check(self._llm.wait(self._generate(self._canary.requests)))
+
+    async def _generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        return list(await asyncio.gather(*map(self._one, requests)))
+
+    async def _one(self, request: GenerationRequest) -> Generation:
+        from vllm import TokensPrompt
+
+        prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
+        outputs = self._llm.llm.generate(prompt, _sampling(request), str(next(self._request_ids)))
+        (final,) = [output async for output in outputs]
+        (made,) = final.outputs
+        if made.finish_reason not in ("stop", "length"):
+            raise EngineError(f"vLLM ended a request with {made.finish_reason!r}")
+        check_finite(made.logprobs.logprobs)
+        greedy = request.params.temperature == 0
+        logprobs = (0.0,) * len(made.token_ids) if greedy else tuple(made.logprobs.logprobs)
+        return Generation(tuple(made.token_ids), logprobs, made.finish_reason, self.weight_version)
+
+
+def _sampling(request: GenerationRequest) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = request.params
+    return SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        max_tokens=params.max_tokens,
+        stop_token_ids=list(params.stop_ids),
+        seed=request.seed % 2**63,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=0,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _engine_args(config: VLLMConfig, model: Any, max_context: int, on_gpu: bool) -> dict[str, Any]:
+    args = {
+        **common_args(config.kv_cache_gb, config.enforce_eager),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_model_len": max_context,
+        "max_num_seqs": config.max_num_seqs,
+        "enable_prefix_caching": True,
+        # Of the distribution sampled from, after temperature and top-p.
+        "logprobs_mode": "processed_logprobs",
+    }
+    return args | ({"enable_sleep_mode": True} if on_gpu else {})

@@ -1,0 +1,27 @@
+"""``agentopd serve``: a teacher for runs on other machines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from agentopd.contracts import Teacher
+from agentopd.models import load_model, load_tokenizer, model_hash, vocabulary_hash
+from agentopd.teachers.local import LocalTeacher
+from agentopd.teachers.server import Identity, TeacherServer
+from agentopd.teachers.vllm import VLLMTeacher
+
+
+def serve_teacher(
+    model: str, kind: Literal["hf", "vllm"], dtype: str, top_k: int, host: str, port: int
+) -> TeacherServer:
+    """Load ``model`` and serve it. ``top_k`` bounds what vLLM is asked for; ``hf`` has no bound.
+
+    Raises ``ConfigError`` for a model that cannot be loaded, and where vLLM is not installed.
+    """
+    tokenizer = load_tokenizer(model)
+    teacher: Teacher
+    if kind == "vllm":
+        teacher = VLLMTeacher(model, model, dtype, top_k)
+    else:
+        teacher = LocalTeacher(model, load_model(model, dtype), vocab_size=len(tokenizer))
+    return TeacherServer(teacher, Identity(model_hash(model), vocabulary_hash(tokenizer)), host, port)

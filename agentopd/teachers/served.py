@@ -1,0 +1,172 @@
+"""A teacher on another machine, behind ``agentopd serve``: asked in batches, a few at once, patiently.
+
+A question that meets a lost connection, a time-out, 5xx or a server that is busy is asked again with growing pauses. A
+teacher that stays away makes the run wait, and say so, until ``outage_s`` are over; what it then gives up with is an
+error, never a made-up number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from agentopd.config.teachers import ServedTeacherConfig
+from agentopd.contracts import Evidence, FloatArray, IntArray
+from agentopd.errors import ConfigError, TeacherError
+from agentopd.teachers import wire
+from agentopd.types import Episode
+
+T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 15.0
+_SAY_AFTER_S = 1.0
+"""An outage that is over sooner is not worth a line."""
+
+
+class _Away(Exception):
+    """The teacher could not be asked now; later it may."""
+
+
+class ServedTeacher:
+    """``name`` is its key in ``[teachers]``, ``vocabulary`` the hash of the student's.
+
+    Raises ``ConfigError`` for a server that scores another tokenizer's ids, and ``TeacherError`` where there is none.
+    """
+
+    def __init__(self, name: str, config: ServedTeacherConfig, vocabulary: str) -> None:
+        self.name = name
+        self._config = config
+        address = urlsplit(config.base_url)
+        if address.scheme != "http" or not address.hostname:
+            raise ConfigError(f"teachers.{name}.base_url is {config.base_url!r}: write http://HOST:PORT")
+        self._host, self._port = address.hostname, address.port or 80
+        about = json.loads(asyncio.run(self._patiently("GET", "/about", b"")))
+        self.max_top_k: int | None = about["max_top_k"]
+        self.model: str = about["model"]
+        """Digest of its weights."""
+        if about["vocabulary"] != vocabulary:
+            raise ConfigError(
+                f"teacher {name!r} at {config.base_url} and the student disagree on token ids: serve a model with the "
+                "student's tokenizer"
+            )
+
+    async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
+        """Evidence of each episode, in order. Raises ``TeacherError`` for unusable answers and an endless outage."""
+        k = top_k if self.max_top_k is None else min(top_k, self.max_top_k)
+
+        def read(data: bytes, episode: Episode) -> Evidence:
+            found = wire.unpack_evidence(data, self.name)
+            shown = 0 if found.topk_ids is None else found.topk_ids.shape[1]
+            if len(found.teacher_logprobs) != episode.num_sampled or shown != (k if episode.num_sampled else shown):
+                raise ValueError(f"{len(found.teacher_logprobs)} tokens and K = {shown} for another question")
+            self._check_finite(episode, found.teacher_logprobs, found.topk_logprobs)
+            return found
+
+        return await self._ask_all("/score", episodes, lambda chosen: {"top_k": top_k}, read)
+
+    async def score_ids(self, episodes: Sequence[Episode], ids: Sequence[IntArray]) -> list[FloatArray]:
+        """Full-vocabulary log-probs (n, K) at given ids (n, K) of each episode, where the server's teacher can.
+
+        Raises ``TeacherError`` where it cannot.
+        """
+
+        def read(data: bytes, episode: Episode) -> FloatArray:
+            logprobs = wire.unpack_logprobs(data)
+            if len(logprobs) != episode.num_sampled:
+                raise ValueError(f"{len(logprobs)} rows for {episode.num_sampled} tokens")
+            self._check_finite(episode, logprobs)
+            return logprobs
+
+        return await self._ask_all(
+            "/score_ids", episodes, lambda chosen: {"ids": [ids[i].tolist() for i in chosen]}, read
+        )
+
+    async def aclose(self) -> None:
+        """Nothing to release: connections live as long as one question."""
+
+    async def _ask_all(
+        self,
+        path: str,
+        episodes: Sequence[Episode],
+        more: Callable[[Sequence[int]], dict[str, Any]],
+        read: Callable[[bytes, Episode], T],
+    ) -> list[T]:
+        """The answers on all episodes, in order, from questions of about ``batch_tokens`` tokens each."""
+        gate = asyncio.Semaphore(self._config.concurrency)
+
+        async def ask(chosen: Sequence[int]) -> list[T]:
+            mine = [episodes[i] for i in chosen]
+            async with gate:
+                body = await self._patiently("POST", path, wire.pack_episodes(mine, **more(chosen)))
+            try:
+                return [read(data, episode) for data, episode in zip(wire.split(body), mine, strict=True)]
+            except ValueError as exc:
+                raise TeacherError(f"teacher {self.name!r} gave an unusable answer: {exc}") from exc
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(ask(chosen)) for chosen in self._batches(episodes)]
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
+        return [answer for task in tasks for answer in task.result()]
+
+    def _batches(self, episodes: Sequence[Episode]) -> list[list[int]]:
+        batches: list[list[int]] = []
+        room = 0
+        for index, episode in enumerate(episodes):
+            size = len(episode.token_ids)
+            if size > room:
+                batches.append([])
+                room = self._config.batch_tokens
+            batches[-1].append(index)
+            room -= size
+        return batches
+
+    def _check_finite(self, episode: Episode, *arrays: FloatArray | None) -> None:
+        if not all(array is None or np.isfinite(array).all() for array in arrays):
+            raise TeacherError(f"teacher {self.name!r} gave a non-finite log-prob on episode {episode.id!r}")
+
+    async def _patiently(self, method: str, path: str, body: bytes) -> bytes:
+        """The body of the reply, however long the teacher is away, up to ``outage_s``."""
+        started, pause, told = time.monotonic(), _FIRST_PAUSE_S, False
+        while True:
+            try:
+                answer = await asyncio.to_thread(self._once, method, path, body)
+            except _Away as exc:
+                away = time.monotonic() - started
+                if away + pause > self._config.outage_s:
+                    raise TeacherError(f"teacher {self.name!r} was away for {away:.0f} s: {exc}") from None
+                if away >= _SAY_AFTER_S and not told:
+                    _LOG.warning("teacher %r at %s is away (%s): waiting", self.name, self._config.base_url, exc)
+                    told = True
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            else:
+                if told:
+                    _LOG.warning("teacher %r is back after %.0f s", self.name, time.monotonic() - started)
+                return answer
+
+    def _once(self, method: str, path: str, body: bytes) -> bytes:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=self._config.timeout_s)
+        try:
+            connection.request(method, path, body)
+            reply = connection.getresponse()
+            data = reply.read()
+        except (OSError, http.client.HTTPException) as exc:
+            raise _Away(f"{type(exc).__name__}: {exc}") from exc
+        finally:
+            connection.close()
+        if reply.status == 200:
+            return data
+        reason = f"{reply.status} {data.decode(errors='replace')[:200]}"
+        if reply.status in (408, 429) or (reply.status >= 500 and reply.status != 501):
+            raise _Away(reason)
+        raise TeacherError(f"teacher {self.name!r} at {self._config.base_url}: {reason}")

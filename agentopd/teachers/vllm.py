@@ -1,0 +1,95 @@
+"""A teacher in vLLM: log-probs of the prompt tokens, in flat arrays rather than a dictionary per token.
+
+Scoring is at temperature 1 whatever the sampling settings, and reads no prefix cache. Ids that the student chose need
+vLLM's model runner V2, which this class does not use: ask a local teacher for those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from agentopd.contracts import Evidence
+from agentopd.engines.vllm_process import common_args, require_vllm, start
+from agentopd.errors import TeacherError, boundary
+from agentopd.models import resolve_model, settle_dtype
+from agentopd.types import Episode
+
+_START_S = 1800.0
+
+
+class VLLMTeacher:
+    """Scores episodes with ``model`` (a directory or hub id), at most ``max_top_k`` ids a token.
+
+    Rows that a checkpoint pads its vocabulary with take part in the softmax. Raises ``ConfigError`` where vLLM is not
+    installed.
+    """
+
+    def __init__(self, name: str, model: str, dtype: str, max_top_k: int = 64, kv_cache_gb: float = 1.0) -> None:
+        require_vllm()
+        self.name = name
+        self.max_top_k: int | None = max_top_k
+        self._bound = max_top_k
+        self._ids = count()
+        args = {
+            **common_args(kv_cache_gb, None),
+            "model": resolve_model(model),
+            "dtype": settle_dtype(dtype),
+            "max_logprobs": max_top_k,
+        }
+        with boundary(TeacherError, f"starting vLLM for teacher {name!r}"):
+            self._llm = start(args, _START_S)
+
+    async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
+        """Evidence of each episode, in order; ``top_k`` 0 leaves the top-K out.
+
+        Raises ``TeacherError`` for a ``top_k`` above ``max_top_k``, and where vLLM fails or a log-prob is not finite.
+        """
+        if top_k > self._bound:
+            raise TeacherError(
+                f"teacher {self.name!r} gives at most {self._bound} ids a token, and {top_k} were asked for: "
+                f"serve it with --top-k {top_k}"
+            )
+        with boundary(TeacherError, f"teacher {self.name!r}"):
+            return await self._llm.loop.run(self._score(episodes, top_k))
+
+    async def aclose(self) -> None:
+        """Stop vLLM's process."""
+        await asyncio.to_thread(self._llm.close)
+
+    async def _score(self, episodes: Sequence[Episode], k: int) -> list[Evidence]:
+        return list(await asyncio.gather(*(self._one(episode, k) for episode in episodes)))
+
+    async def _one(self, episode: Episode, k: int) -> Evidence:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        positions_N = np.flatnonzero(np.array(episode.loss_mask))
+        if not len(positions_N):
+            nothing = np.zeros((0, k), np.float32)
+            return Evidence(self.name, np.zeros(0, np.float32), nothing.astype(np.int64), nothing)
+        ids = episode.token_ids[: int(positions_N[-1]) + 1]
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=k,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = self._llm.llm.generate(TokensPrompt(prompt_token_ids=ids), params, f"score-{next(self._ids)}")
+        (final,) = [output async for output in outputs]
+        return self._evidence(episode, final.prompt_logprobs, positions_N, k)
+
+    def _evidence(self, episode: Episode, flat: Any, positions_N: Any, k: int) -> Evidence:
+        # Each position holds the prompt's own token first, then its K most likely; the first position holds none.
+        shape = (int(positions_N[-1]), k + 1)
+        logprobs = np.array(flat.logprobs, np.float32).reshape(shape)[positions_N - 1]
+        ids = np.array(flat.token_ids, np.int64).reshape(shape)[positions_N - 1]
+        if not np.isfinite(logprobs).all():
+            raise TeacherError(f"teacher {self.name!r} gave a non-finite log-prob on episode {episode.id!r}")
+        return Evidence(self.name, logprobs[:, 0], ids[:, 1:] if k else None, logprobs[:, 1:] if k else None)

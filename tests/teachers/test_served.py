@@ -1,0 +1,218 @@
+"""A teacher behind real HTTP against the same teacher in process: equal evidence, small answers, patience."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from agentopd.config.teachers import ServedTeacherConfig
+from agentopd.contracts import CandidateTeacher, Evidence, Teacher
+from agentopd.errors import ConfigError, TeacherError
+from agentopd.teachers import wire
+from agentopd.teachers.local import LocalTeacher
+from agentopd.teachers.served import ServedTeacher
+from agentopd.teachers.server import Identity, TeacherServer
+from agentopd.types import Episode, StopReason, Turn
+
+VOCAB = 64
+
+
+@pytest.fixture(scope="module")
+def local() -> LocalTeacher:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    return LocalTeacher("toy", Qwen3ForCausalLM(config).eval().requires_grad_(False))
+
+
+def episode(seed: int, sizes: tuple[int, ...] = (4, 3)) -> Episode:
+    rng = np.random.default_rng(seed)
+
+    def draw(n: int) -> tuple[int, ...]:
+        return tuple(int(x) for x in rng.integers(3, VOCAB, n))
+
+    return Episode(
+        id=f"e{seed}",
+        task_id="t",
+        task_hash="h",
+        env="toy",
+        split="train",
+        prompt_ids=draw(3 + seed),
+        turns=tuple(Turn(token_ids=draw(n), rollout_logprobs=(-1.0,) * n, observation_ids=draw(2)) for n in sizes),
+        stop_reason=StopReason.COMPLETED,
+    )
+
+
+Serve = Callable[..., TeacherServer]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    servers: list[TeacherServer] = []
+
+    def start(teacher: Teacher, **options: Any) -> TeacherServer:
+        servers.append(TeacherServer(teacher, Identity("weights", "ids"), **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def client(server: TeacherServer, **keys: Any) -> ServedTeacher:
+    return ServedTeacher("far", ServedTeacherConfig(base_url=server.base_url, **keys), "ids")
+
+
+def score(teacher: Teacher, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
+    return asyncio.run(teacher.score(episodes, top_k))
+
+
+def test_served_evidence_is_the_teachers_own(local, serve):
+    far = client(serve(local), batch_tokens=256)
+    assert isinstance(far, Teacher) and far.max_top_k == VOCAB and far.model == "weights"
+    episodes = [*(episode(seed) for seed in range(30)), episode(40, sizes=())]
+    for near, found in zip(score(local, episodes, 8), score(far, episodes, 8), strict=True):
+        assert found.teacher == "far"
+        np.testing.assert_allclose(found.teacher_logprobs, near.teacher_logprobs, atol=1e-5)
+        if len(near.teacher_logprobs):
+            np.testing.assert_array_equal(found.topk_ids, near.topk_ids)
+            np.testing.assert_allclose(found.topk_logprobs, near.topk_logprobs, atol=0.008)
+            assert (found.topk_ids.dtype, found.topk_logprobs.dtype) == (np.int64, np.float32)
+    assert score(far, episodes[:1], 0)[0].topk_ids is None
+    assert score(far, episodes[:1], 1000)[0].topk_ids.shape == (7, VOCAB)
+
+
+def test_the_students_own_candidates_are_scored(local, serve):
+    far = client(serve(local))
+    episodes = [episode(seed) for seed in range(3)]
+    ids = [np.random.default_rng(i).integers(0, VOCAB, (7, 5)) for i in range(3)]
+    assert isinstance(far, CandidateTeacher)
+    near, found = (asyncio.run(teacher.score_ids(episodes, ids)) for teacher in (local, far))
+    for a, b in zip(near, found, strict=True):
+        np.testing.assert_allclose(a, b, atol=0.008)
+
+
+class SampledOnly:
+    """A teacher that knows nothing of candidates, answers what it is told to, and may take its time."""
+
+    name, max_top_k = "plain", 0
+
+    def __init__(self, value: float = -1.0, extra: int = 0, seconds: float = 0.0) -> None:
+        self.value, self.extra, self.seconds = value, extra, seconds
+
+    async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
+        await asyncio.sleep(self.seconds)
+        return [Evidence(self.name, np.full(e.num_sampled + self.extra, self.value, np.float32)) for e in episodes]
+
+    async def aclose(self) -> None:
+        pass
+
+
+def test_a_teacher_that_cannot_score_candidates_says_so(serve):
+    far = client(serve(SampledOnly()))
+    with pytest.raises(TeacherError, match="cannot score ids that it did not choose"):
+        asyncio.run(far.score_ids([episode(0)], [np.zeros((7, 2), np.int64)]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(SampledOnly(float("nan")), "non-finite log-prob on episode 'e0'"), (SampledOnly(extra=1), "8 tokens")],
+)
+def test_an_unusable_answer_is_a_fault(serve, answer, error):
+    with pytest.raises(TeacherError, match=error):
+        score(client(serve(answer)), [episode(0)], 0)
+
+
+def test_a_busy_teacher_slows_its_clients_down(serve):
+    far = client(serve(SampledOnly(seconds=0.05), max_waiting=2), concurrency=6, batch_tokens=256)
+    episodes = [episode(seed, sizes=(120, 100)) for seed in range(6)]
+    assert [len(found.teacher_logprobs) for found in score(far, episodes, 0)] == [220] * 6
+
+
+def test_a_run_waits_for_a_teacher_that_was_away_and_says_so(local, serve, caplog):
+    first = serve(local)
+    far = client(first)
+    port = int(first.base_url.rpartition(":")[2])
+    near = score(local, [episode(1)], 4)
+    first.close()
+
+    def later() -> None:
+        time.sleep(2.0)
+        serve(local, port=port)
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    with caplog.at_level(logging.WARNING, "agentopd"):
+        (found,) = score(far, [episode(1)], 4)
+    thread.join()
+    np.testing.assert_array_equal(found.topk_ids, near[0].topk_ids)
+    assert ["is away" in m or "is back" in m for m in caplog.messages] == [True, True]
+
+
+def test_an_outage_without_end_is_a_fault(local, serve):
+    server = serve(local)
+    far = client(server, outage_s=0.5)
+    server.close()
+    with pytest.raises(TeacherError, match="teacher 'far' was away for"):
+        score(far, [episode(1)], 4)
+
+
+def test_another_vocabulary_is_refused(local, serve):
+    config = ServedTeacherConfig(base_url=serve(local).base_url)
+    with pytest.raises(ConfigError, match="disagree on token ids"):
+        ServedTeacher("far", config, "other ids")
+    with pytest.raises(ConfigError, match="write http://HOST:PORT"):
+        ServedTeacher("far", ServedTeacherConfig(base_url="far:1"), "ids")
+
+
+@given(st.integers(0, 20), st.integers(0, 9), st.integers(0, 2**32 - 1))
+def test_packing_keeps_ids_exactly_and_log_probs_to_half_precision(n, k, seed):
+    rng = np.random.default_rng(seed)
+    sent = Evidence(
+        "t",
+        -rng.exponential(3, n).astype(np.float32),
+        rng.integers(0, wire.MAX_ID + 1, (n, k)),
+        -rng.exponential(3, (n, k)).astype(np.float32),
+    )
+    found = wire.unpack_evidence(wire.pack_evidence(sent), "t")
+    np.testing.assert_array_equal(found.teacher_logprobs, sent.teacher_logprobs)
+    if k:
+        np.testing.assert_array_equal(found.topk_ids, sent.topk_ids)
+        np.testing.assert_allclose(found.topk_logprobs, sent.topk_logprobs, rtol=1e-3, atol=1e-6)
+
+
+def test_a_token_with_its_top_64_takes_at_most_320_bytes():
+    """Ids at their least compressible: uniform over a vocabulary of 151,936."""
+    rng = np.random.default_rng(0)
+    logprobs = -np.sort(rng.exponential(5, (2048, 64)), axis=1).astype(np.float32)
+    evidence = Evidence("t", logprobs[:, 0], rng.integers(0, 151_936, (2048, 64)), logprobs)
+    assert len(wire.join([wire.pack_evidence(evidence)])) <= 320 * 2048
+
+
+def test_ids_beyond_three_bytes_and_mangled_answers_are_refused():
+    whole = wire.pack_evidence(Evidence("t", np.zeros(2, np.float32)))
+    for mangled in (b"", whole[:-3], b"x" * 40):
+        with pytest.raises(ValueError, match="not a teacher's answer"):
+            wire.unpack_evidence(mangled, "t")
+    with pytest.raises(ValueError, match="cut off"):
+        wire.split(wire.join([whole])[:-1])
+    with pytest.raises(ValueError, match="does not fit three bytes"):
+        wire.pack_evidence(Evidence("t", np.zeros(1, np.float32), np.full((1, 1), 2**24), np.zeros((1, 1))))

@@ -1,0 +1,52 @@
+"""A teacher in vLLM, and behind HTTP, against a local one on the same weights in fp32."""
+
+import asyncio
+from importlib.util import find_spec
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from agentopd.build import build_policy
+from agentopd.config.run import RolloutConfig
+from agentopd.config.teachers import ServedTeacherConfig
+from agentopd.contracts import Teacher
+from agentopd.doctor import self_disagreement
+from agentopd.errors import TeacherError
+from agentopd.models import load_model, vocabulary_hash
+from agentopd.rollout import EpisodeSpec, run_episodes
+from agentopd.serving import serve_teacher
+from agentopd.teachers.local import LocalTeacher
+from agentopd.teachers.served import ServedTeacher
+from agentopd_envs.micro import store
+from agentopd_envs.tool_use import ToolUseEnvironment
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(3000),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"),
+]
+
+
+def test_a_vllm_teacher_behind_http_scores_as_a_local_one():
+    student = build_policy("micro/student", "float32", RolloutConfig())
+    tasks = islice(store.tasks("train", None, 0), 4)
+    specs = [EpisodeSpec(task, ToolUseEnvironment, f"e{i}", seed=i) for i, task in enumerate(tasks)]
+    episodes = asyncio.run(run_episodes(specs, student.engine, student.renderer))
+    local = LocalTeacher("near", load_model("micro/teacher", "float32"))
+    server = serve_teacher("micro/teacher", "vllm", "float32", top_k=16, host="127.0.0.1", port=0)
+    try:
+        far = ServedTeacher("far", ServedTeacherConfig(base_url=server.base_url), vocabulary_hash(student.tokenizer))
+        assert isinstance(far, Teacher) and far.max_top_k == 16
+        for top_k in (16, 0):
+            near = asyncio.run(local.score(episodes, top_k))
+            for one, other in zip(near, asyncio.run(far.score(episodes, top_k)), strict=True):
+                np.testing.assert_allclose(other.teacher_logprobs, one.teacher_logprobs, atol=1e-4)
+                if top_k:
+                    np.testing.assert_allclose(other.topk_logprobs, one.topk_logprobs, atol=0.01)
+                    assert (other.topk_ids == one.topk_ids).mean() > 0.99
+        assert asyncio.run(self_disagreement(far, len(student.tokenizer))) < 1e-4
+        with pytest.raises(TeacherError, match="cannot score ids that it did not choose"):
+            asyncio.run(far.score_ids(episodes[:1], [np.zeros((episodes[0].num_sampled, 2), np.int64)]))
+    finally:
+        server.close()

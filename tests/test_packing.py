@@ -1,0 +1,74 @@
+"""Packed rows get the hidden states and gradients of rows alone, and no prefix is computed twice."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from agentopd import attention, packing
+from agentopd.attention import ATTENTION
+from agentopd.learner.body import hidden_states, packs
+from agentopd.packing import pack
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # the model's norms are in float32
+ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+def padded(rows):
+    ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids_BT[index, : len(row)] = torch.tensor(row)
+    return ids_BT
+
+
+def qwen(implementation=ATTENTION, dtype=torch.float64):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, attn_implementation=implementation,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).to(dtype).eval()
+
+
+@given(ROWS)
+def test_each_distinct_prefix_is_one_packed_token(rows):
+    packed = pack(padded(rows), [len(row) for row in rows])
+    prefixes = {}
+    for index, row in enumerate(rows):
+        for position, token in enumerate(row):
+            place = int(packed.index_BT[index, position])
+            assert prefixes.setdefault(tuple(row[: position + 1]), place) == place
+            assert (int(packed.token_ids_M[place]), int(packed.positions_M[place])) == (token, position)
+    assert sorted(prefixes.values()) == list(range(len(packed.token_ids_M)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(ROWS, st.integers(1, 4), st.integers(4, 20), st.booleans())
+def test_packed_rows_get_the_states_and_gradients_of_rows_alone(rows, queries, keys, plain):
+    model = qwen()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "QUERIES", queries)
+        patch.setattr(packing, "KEYS", keys)
+        patch.setattr(attention, "PLAIN_BELOW", 512 if plain else 0)
+        row_N = torch.tensor([index for index, row in enumerate(rows) for _ in row])
+        position_N = torch.tensor([p + 1 for row in rows for p in range(len(row))])
+        found = hidden_states(model, padded([[*row, 7] for row in rows]), row_N, position_N)
+        alone = [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in rows]
+        expected = torch.cat(alone)
+        assert_close(found, expected, **CLOSE)
+        weight, leaves = torch.randn(found.shape, dtype=found.dtype), list(model.base_model.parameters())
+        grads = [torch.autograd.grad((x * weight).sum(), leaves) for x in (found, expected)]
+    for ours, theirs in zip(*grads, strict=True):
+        assert_close(ours, theirs, **CLOSE)
+
+
+def test_which_models_pack_is_found_by_trying():
+    small = {"vocab_size": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    assert packs(qwen(dtype=torch.bfloat16))
+    assert packs(GPT2LMHeadModel(GPT2Config(**small, attn_implementation=ATTENTION)).eval())
+    assert not packs(qwen("sdpa"))
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, state_size=4))
+    recurrent.config._attn_implementation = ATTENTION
+    assert not packs(recurrent.eval())
