@@ -38,6 +38,7 @@ def from_trl(cls: type, rows: Sequence[JSON], name: str) -> type[ToolEnvironment
 class _FromTRL(ToolEnvironment):
     _factory: ClassVar[type]
     _rows: ClassVar[tuple[JSON, ...]]
+    _reward: float | None
 
     @classmethod
     def load_tasks(cls, split: Split, source: str, limit: int | None, seed: int) -> Iterator[Task]:
@@ -82,7 +83,7 @@ class _FromTRL(ToolEnvironment):
 
     def setup(self) -> None:
         """No reward yet."""
-        self._reward: float | None = None
+        self._reward = None
 
     def state(self) -> JSON:
         """The reward, None before the end."""
