@@ -214,7 +214,7 @@ def test_another_preset_drops_the_block_settings_of_the_file(preset):
         ("seqkd", ["objective.anchor.prompt_share=0.5"], "source decides"),
         ("gkd", ["objective.divergence.beta=0.0005"], "too near a limit"),
         ("topk_opd", ["objective.divergence.tail=bucket", "objective.divergence.renormalise=false"], "bucket"),
-        ("topk_opd", ["objective.alignment.kind=simct", "objective.divergence.tail=bucket"], "tail 'none'"),
+        ("topk_opd", ["objective.alignment.kind=simct", "objective.divergence.tail=sampled"], "no sampled tail"),
         ("topk_opd", ["objective.alignment.kind=gold"], "needs 'jsd' over the whole"),
         ("gold_opd", ["objective.divergence.beta=1"], "beta inside (0, 1)"),
         ("opd", ["objective.stabiliser.phi_scale=2"], "phi, which is 'off'"),

@@ -72,8 +72,10 @@ def _inputs(blocks: Blocks) -> Iterator[str]:
 def _across(blocks: Blocks) -> Iterator[str]:
     """What each alignment of two tokenizers can compare."""
     divergence = blocks.divergence
-    if blocks.alignment.kind == "simct" and not (isinstance(divergence, TopKReverseKL) and divergence.tail == "none"):
-        yield f"alignment 'simct' compares shared ids: it needs 'topk_rkl' with tail 'none', not {divergence.kind!r}"
+    if blocks.alignment.kind == "simct" and not (
+        isinstance(divergence, TopKReverseKL) and divergence.tail != "sampled"
+    ):
+        yield f"alignment 'simct' compares segments: it needs 'topk_rkl' and no sampled tail, not {divergence.kind!r}"
     if blocks.alignment.kind == "gold" and not (
         isinstance(divergence, JensenShannon) and divergence.top_k is None and 0 < divergence.beta < 1
     ):

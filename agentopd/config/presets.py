@@ -96,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "simct_opd": {
         **_DIRECT,
-        "divergence": {"kind": "topk_rkl", "top_k": 64, "tail": "none"},
+        "divergence": {"kind": "topk_rkl", "top_k": 64, "tail": "bucket"},
         "alignment": {"kind": "simct"},
     },
     "gold_opd": {**_DIRECT, "divergence": {"kind": "jsd", "beta": 0.5}, "alignment": {"kind": "gold"}},
@@ -197,7 +197,9 @@ ORIGINS: dict[str, Origin] = {
     ),
     "sod": Origin("SOD, arXiv 2605.07725", "weights, delta 0.2, coefficients, clip 0.2 / 0.28", "dual clip 3"),
     "simct_opd": Origin(
-        "SimCT, arXiv 2605.07711", "alignment, units, reverse KL", "units by joint log-prob; K 64; projection"
+        "SimCT, arXiv 2605.07711",
+        "alignment, units, reverse KL",
+        "units by joint log-prob; K 64 and a bucket; projection",
     ),
     "gold_opd": Origin(
         "GOLD, TRL", "byte offsets, observed merge, JSD and sorted L1, adaptive weight", "JSD of unnormalised masses"

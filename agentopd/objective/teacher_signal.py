@@ -50,6 +50,8 @@ def _topk(streams: Streams, objective: Blocks) -> Tensor:
         supports = with_span_slot(
             streams.topk_logprobs_NK[:, :k], batch.teacher_topk_logprobs_NK[:, :k], spans_N2, several_N
         )
+        if divergence.tail == "bucket":
+            return bucketed(*supports, kernel(divergence))
         return truncated(*supports, kernel(divergence), divergence.renormalise)
     sampled = Sampled(batch.target_N, streams.logprobs_N, batch.teacher_logprobs_N)
     return topk_divergence(

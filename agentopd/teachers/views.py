@@ -163,13 +163,15 @@ class CrossTokenizerView:
         ours, theirs, count = _sampled(episode), _sampled(shown), 0
         for segment in self._aligned(episode, shown):
             (s0, s1), (t0, t1) = segment
+            spelled = evidence.teacher_logprobs[t0:t1].sum()
             if k:
-                ids[s0], topk[s0] = self._support(segment, ours[s0], theirs[t0], evidence)
+                spelled = self._begun(segment, ours[s0:s1], theirs[t0], evidence)
+                ids[s0], topk[s0] = self._support(segment, ours[s0], theirs[t0], evidence, spelled)
                 if not np.isfinite(topk[s0]).any():
                     continue
             if hidden is not None and evidence.hidden is not None:
                 hidden[s0] = evidence.hidden[t0]
-            logprobs[s0:s1] = evidence.teacher_logprobs[t0:t1].sum()
+            logprobs[s0:s1] = spelled
             rest[s0] = evidence.teacher_logprobs[t0 + 1 : t1].sum()
             segments[s0:s1] = count
             count += 1
@@ -201,16 +203,37 @@ class CrossTokenizerView:
             kept.append(Segment((len(body), len(ours)), (len(other), len(theirs))))
         return kept
 
-    def _support(self, segment: Segment, mine: int, its: int, evidence: Evidence) -> tuple[Any, Any]:
-        """The teacher's top-K at a segment's first position as student ids.
+    def _begun(self, segment: Segment, mine: Sequence[int], its: int, evidence: Evidence) -> np.float32:
+        """The teacher's log-prob of a segment's text: of its own tokens there, or of one token that begins with it.
 
-        In a longer segment the first token of either side is left out: its mass is the segment's own slot.
+        The latter is what a teacher writes where the student went on wrongly, and the text was cut unlike its habit.
         """
         assert evidence.topk_ids is not None and evidence.topk_logprobs is not None
-        at = segment.teacher[0]
-        found, kept = translate(evidence.topk_ids[at], evidence.topk_logprobs[at], self._ids)
+        t0, t1 = segment.teacher
+        joint = evidence.teacher_logprobs[t0:t1].sum()
+        text = b"".join(self._ours[token] or b"" for token in mine)
+        if not text or segment.one_to_one:
+            return np.float32(joint)
+        counted = its if t1 - t0 == 1 else -1
+        longer = [i != counted and (self._theirs[i] or b"").startswith(text) for i in evidence.topk_ids[t0].tolist()]
+        return np.float32(np.logaddexp.reduce(evidence.topk_logprobs[t0][longer], initial=joint))
+
+    def _support(
+        self, segment: Segment, mine: int, its: int, evidence: Evidence, spelled: np.float32
+    ) -> tuple[Any, Any]:
+        """The teacher's top-K at a segment's first position as student ids.
+
+        In a longer segment the first token of either side is left out: its mass is the segment's own slot. Where the
+        segment is one token of the student's, that slot is this token's, with the log-prob of the text (``spelled``).
+        """
+        assert evidence.topk_ids is not None and evidence.topk_logprobs is not None
+        (s0, s1), (t0, _) = segment
+        found, kept = translate(evidence.topk_ids[t0], evidence.topk_logprobs[t0], self._ids)
         if not segment.one_to_one:
             kept = np.where(np.isin(found, (mine, self._ids[its])), -np.inf, kept)
+            if s1 - s0 == 1:
+                slot = int(kept.argmin())
+                found[slot], kept[slot] = mine, spelled
         return found, kept
 
 
