@@ -80,6 +80,9 @@ def _train(run: Run, console: Console) -> None:
     outcome = asyncio.run(train(run, console))
     if run.directory is None:
         return
+    if outcome is None:
+        console.print(f"stopped after step {run.step}, saved: agentopd resume {run.directory.path}", soft_wrap=True)
+        return
     roles = {name: skill.config.role for name, skill in run.skills.items()}
     console.print(before_after_table(outcome.base, outcome.after, outcome.teacher, roles))
     console.print(f"report: {build_report(run.directory.path)}")

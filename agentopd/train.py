@@ -5,7 +5,10 @@ weights -> mixture draws prompts -> rollout || verify -> teacher scores -> batch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -36,8 +39,11 @@ class Outcome:
     teacher: EvalResult | None
 
 
-async def train(run: Run, console: Console) -> Outcome:
-    """Train from ``run.step`` to the end, evaluating and checkpointing on the way; closes the run."""
+async def train(run: Run, console: Console) -> Outcome | None:
+    """Train from ``run.step`` to the end, evaluating and checkpointing on the way; closes the run.
+
+    After SIGTERM the step under way is finished and saved, and there is no outcome.
+    """
     schedule = run.config.train
     try:
         await run.open()
@@ -46,18 +52,36 @@ async def train(run: Run, console: Console) -> Outcome:
             await run.evaluate_teacher()
             react(run)
         await store_rollouts(run)
-        with watching(console, schedule.steps, run.step, tuple(run.skills)) as show:
+        with _told_to_stop() as told, watching(console, schedule.steps, run.step, tuple(run.skills)) as show:
             while run.step < schedule.steps:
                 show(await train_step(run))
                 if await _evaluated(run):
                     react(run)
-                if _due(run.step, schedule.checkpoint_every) or run.step == schedule.steps:
+                # The signal reaches the ranks of a launched job between different steps.
+                stopping = bool(runtime.all_reduce_max(told.is_set()))
+                if _due(run.step, schedule.checkpoint_every) or run.step == schedule.steps or stopping:
                     run.checkpoint()
+                if stopping and run.step < schedule.steps:
+                    return None
         after = await run.evaluate("final")
         run.export()
         return Outcome(run.evals["base"], after, run.evals.get("teacher"))
     finally:
         await run.aclose()
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, instead of ending the process. Only a process's main thread can listen."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def train_step(run: Run) -> Seen:

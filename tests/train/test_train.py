@@ -116,22 +116,27 @@ def test_a_fixed_seed_gives_the_same_run_twice(quickstart, small):
     assert metrics(one) == metrics(two)
 
 
-def test_resuming_after_kill_9_gives_the_metrics_of_an_undisturbed_run(quickstart, small):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_ended_resumes_with_the_metrics_of_an_undisturbed_one(end, quickstart, small):
     whole = run(quickstart, small("train.steps=4", name="whole"))
-    arguments = [part for override in small("train.steps=4", name="killed") for part in ("--set", override)]
+    arguments = [part for override in small("train.steps=4", name="ended") for part in ("--set", override)]
     command = [sys.executable, "-m", "agentopd.cli"]
-    killed = whole.parent / "killed"
-    process = subprocess.Popen([*command, "train", str(quickstart), "--plain", *arguments], stdout=subprocess.DEVNULL)
+    ended = whole.parent / "ended"
+    process = subprocess.Popen(
+        [*command, "train", str(quickstart), "--plain", *arguments], stdout=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 200
-    while not list(killed.glob("checkpoints/step-000002/state.json")):
+    while not list(ended.glob("checkpoints/step-000002/state.json")):
         assert time.monotonic() < deadline and process.poll() is None, "the run ended before its second checkpoint"
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run([*command, "resume", str(killed), "--plain"], check=True, stdout=subprocess.DEVNULL)
-    assert metrics(killed) == metrics(whole)
+    os.kill(process.pid, end)
+    said, _ = process.communicate()
+    if end is signal.SIGTERM:
+        assert process.returncode == 0 and f"agentopd resume {ended}" in said
+    subprocess.run([*command, "resume", str(ended), "--plain"], check=True, stdout=subprocess.DEVNULL)
+    assert metrics(ended) == metrics(whole)
     for stage in ("base", "final"):
-        ours, theirs = (json.loads((path / f"eval/{stage}.json").read_text()) for path in (whole, killed))
+        ours, theirs = (json.loads((path / f"eval/{stage}.json").read_text()) for path in (whole, ended))
         assert ours == theirs
 
 
