@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("rollout", "learner_step", "sandbox")
+NAMES = ("rollout", "learner_step", "sandbox", "episodes")
 RESULTS = Path(__file__).parent / "results"
 
 
