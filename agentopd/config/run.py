@@ -51,6 +51,8 @@ class RolloutConfig(Section):
         for key, engine in of_engine.items():
             if engine != self.engine and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} has no effect on engine {self.engine!r}: leave it out, or use {engine!r}")
+        if self.engine == "vllm" and self.temperature > 2:
+            raise ValueError(f"vLLM samples at temperatures up to 2, and temperature is {self.temperature:g}")
         return self
 
 

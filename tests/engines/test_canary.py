@@ -50,6 +50,7 @@ def test_without_vllm_the_error_names_the_extra(model: Any) -> None:
     [
         ({"engine": "vllm", "batch_size": 8}, "batch_size has no effect on engine 'vllm'"),
         ({"engine": "vllm", "turn_cache_mb": 8}, "turn_cache_mb has no effect on engine 'vllm'"),
+        ({"engine": "vllm", "temperature": 3.0}, "up to 2"),
         ({"vllm": {"max_num_seqs": 8}}, "vllm has no effect on engine 'hf'"),
     ],
 )
