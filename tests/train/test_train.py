@@ -151,4 +151,4 @@ def test_two_ranks_train_with_zero_2(quickstart, small):
     assert done.returncode == 0, done.stderr[-2000:]
     path = Path(small()[-1].removeprefix("run_dir="))
     rows = metrics(path)
-    assert len(rows) == 2 and rows[0]["batch/episodes"] == 12
+    assert len(rows) == 2 and rows[0]["rollout/episodes"] == 12
