@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from agentopd.cli import app
 from agentopd.config import RunConfig
+from agentopd.config.base import sections_in
 from agentopd.config.comparison import ComparisonConfig
 from agentopd.config.micro import MicroRecipe
 
@@ -43,7 +44,7 @@ def config_reference() -> str:
 
 def _sections(model: type[BaseModel], path: str) -> Iterator[str]:
     """The model's own keys as a table, then each section below it; kinds of one block follow one another."""
-    plain = {name: field for name, field in model.model_fields.items() if not list(_models(field.annotation))}
+    plain = {name: field for name, field in model.model_fields.items() if not list(sections_in(field.annotation))}
     if plain:
         rows = [
             f"| `{name}` | {_type(field)} | {_default(field)} | {_prose(field.description)} |"
@@ -52,9 +53,9 @@ def _sections(model: type[BaseModel], path: str) -> Iterator[str]:
         yield "| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
     for name, field in model.model_fields.items():
         below = f"{path}.{name}".lstrip(".")
-        for inner in _models(field.annotation):
+        for inner in sections_in(field.annotation):
             kind = inner.model_fields.get("kind")
-            several = len(list(_models(field.annotation))) > 1
+            several = len(list(sections_in(field.annotation))) > 1
             label = f" · {_type(kind)}" if kind and several else ""
             yield f"### {_heading(field, below)}{label}"
             if field.description or inner.__doc__:
@@ -70,14 +71,6 @@ RECURSIVE = ("objective.stages", "arms")
 def _heading(field: FieldInfo, path: str) -> str:
     origin = typing.get_origin(field.annotation)
     return f"`[[{path}]]`" if origin is tuple else f"`[{path}.NAME]`" if origin is dict else f"`[{path}]`"
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, dict, typing.Annotated):
-        for inner in typing.get_args(annotation):
-            yield from _models(inner)
 
 
 def _type(field: FieldInfo) -> str:

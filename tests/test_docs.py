@@ -3,8 +3,6 @@
 import ast
 import asyncio
 import re
-import types
-import typing
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice, pairwise
@@ -20,6 +18,7 @@ from agentopd.certify import skill_of, validate
 from agentopd.cli import app
 from agentopd.compare import make_plan
 from agentopd.config import PRESETS, RunConfig, load_run_config, load_suite
+from agentopd.config.base import sections_in
 from agentopd.config.load import load_section, tomllib
 from agentopd.config.micro import MicroRecipe
 from agentopd.config.objective import Blocks
@@ -163,15 +162,6 @@ def test_overrides_in_commands_name_keys(page):
             assert flag != "--set" or field(RunConfig, key) is not None, override
 
 
-def members(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections an annotation may hold: through unions, tuples, dictionaries and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, dict, typing.Annotated):
-        for inner in typing.get_args(annotation):
-            yield from members(inner)
-
-
 def field(model: type[BaseModel], key: str) -> FieldInfo | None:
     """The field at a dotted key; ``NAME`` stands for an entry's name."""
     sections, found = [model], None
@@ -182,7 +172,7 @@ def field(model: type[BaseModel], key: str) -> FieldInfo | None:
         if not holders:
             return None
         found = holders[-1].model_fields[part]
-        sections = [inner for holder in holders for inner in members(holder.model_fields[part].annotation)]
+        sections = [inner for holder in holders for inner in sections_in(holder.model_fields[part].annotation)]
     return found
 
 
@@ -245,7 +235,7 @@ def test_the_objectives_keys_are_all_documented():
     keys = {
         f"objective.{block}.{key}"
         for block, info in blocks.model_fields.items()
-        for section in members(info.annotation)
+        for section in sections_in(info.annotation)
         for key in section.model_fields
     }
     inside_stages = {f"objective.stages.{key}" for key in Blocks.model_fields}

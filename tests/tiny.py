@@ -1,13 +1,15 @@
-"""A tiny random Qwen3 and a byte-level tokenizer with a chat template, for tests that need real ones."""
+"""A tiny random Qwen3, a byte-level tokenizer with a chat template, and episodes of random ids."""
 
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agentopd.rendering.micro_template import MICRO_CHAT_TEMPLATE
+from agentopd.types import Episode, StopReason, Turn
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -42,3 +44,22 @@ def byte_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=CONTROL[2], pad_token=CONTROL[0])
     tokenizer.chat_template = MICRO_CHAT_TEMPLATE
     return tokenizer
+
+
+def episode(seed: int, sizes: Iterable[int] = (4, 3), vocab_size: int = 64) -> Episode:
+    """Turns of ``sizes`` random ids after a prompt of ``3 + seed``, each followed by two that were not sampled."""
+    rng = np.random.default_rng(seed)
+
+    def draw(n: int) -> tuple[int, ...]:
+        return tuple(int(x) for x in rng.integers(3, vocab_size, n))
+
+    return Episode(
+        id=f"e{seed}",
+        task_id="t",
+        task_hash="h",
+        env="toy",
+        split="train",
+        prompt_ids=draw(3 + seed),
+        turns=tuple(Turn(token_ids=draw(n), rollout_logprobs=(-1.0,) * n, observation_ids=draw(2)) for n in sizes),
+        stop_reason=StopReason.COMPLETED,
+    )

@@ -5,9 +5,10 @@ TOML has no null, so the word ``"none"`` turns an optional setting off.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from difflib import get_close_matches
-from types import NoneType
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -38,3 +39,12 @@ class Section(BaseModel):
     @classmethod
     def _optional(cls, key: str) -> bool:
         return NoneType in get_args(cls.model_fields[key].annotation)
+
+
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections a field may hold: through unions, tuples, dictionaries and ``Annotated``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType, tuple, dict, Annotated):
+        for inner in get_args(annotation):
+            yield from sections_in(inner)

@@ -5,7 +5,7 @@ their keys and values then laid out row by row, padded on the right. The last pr
 step, so that the prefill needs no logits. Rows that finish leave the batch in bulk. What a turn computed is kept for
 the episode's next one, which then prefills only the tool results in between.
 
-Shapes: B rows, U distinct prompts, L padded length of the tokens to prefill, T cache columns, V vocabulary.
+Shapes: B rows, L padded length of the tokens to prefill, T cache columns, V vocabulary.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from transformers import Qwen3ForCausalLM
 from agentopd.contracts import Teacher
 from agentopd.errors import TeacherError
 from agentopd.teachers.local import LocalTeacher
-from agentopd.types import Episode, StopReason, Turn
-from tests.tiny import qwen3
+from agentopd.types import Turn
+from tests.tiny import episode, qwen3
 
 VOCAB = 64
 
@@ -19,21 +19,6 @@ VOCAB = 64
 @pytest.fixture(scope="module")
 def model():
     return qwen3(VOCAB, max_position_embeddings=128).requires_grad_(False)
-
-
-def episode(seed, sizes=(4, 3), vocab=VOCAB):
-    rng = np.random.default_rng(seed)
-    draw = lambda n: tuple(int(x) for x in rng.integers(3, vocab, n))  # noqa: E731
-    return Episode(
-        id=f"e{seed}",
-        task_id="t",
-        task_hash="h",
-        env="toy",
-        split="train",
-        prompt_ids=draw(3 + seed),
-        turns=tuple(Turn(token_ids=draw(n), rollout_logprobs=(-1.0,) * n, observation_ids=draw(2)) for n in sizes),
-        stop_reason=StopReason.COMPLETED,
-    )
 
 
 def score(teacher, episodes, top_k):
@@ -80,7 +65,7 @@ def test_k_is_capped_to_the_vocabulary_and_zero_leaves_it_out(model):
 
 
 def test_padding_rows_of_the_vocabulary_take_no_mass(model):
-    (found,) = score(LocalTeacher("toy", model, vocab_size=60), [episode(1, vocab=60)], 60)
+    (found,) = score(LocalTeacher("toy", model, vocab_size=60), [episode(1, vocab_size=60)], 60)
     assert found.topk_ids.max() < 60
     np.testing.assert_allclose(np.exp(found.topk_logprobs).sum(-1), 1, atol=1e-5)
 

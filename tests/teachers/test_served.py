@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agentopd.config.teachers import ServedTeacherConfig
 from agentopd.contracts import CandidateTeacher, Evidence, Teacher
@@ -21,44 +19,15 @@ from agentopd.teachers import wire
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.served import ServedTeacher
 from agentopd.teachers.server import Identity, TeacherServer
-from agentopd.types import Episode, StopReason, Turn
+from agentopd.types import Episode
+from tests.tiny import episode, qwen3
 
 VOCAB = 64
 
 
 @pytest.fixture(scope="module")
 def local() -> LocalTeacher:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-    )
-    return LocalTeacher("toy", Qwen3ForCausalLM(config).eval().requires_grad_(False))
-
-
-def episode(seed: int, sizes: tuple[int, ...] = (4, 3)) -> Episode:
-    rng = np.random.default_rng(seed)
-
-    def draw(n: int) -> tuple[int, ...]:
-        return tuple(int(x) for x in rng.integers(3, VOCAB, n))
-
-    return Episode(
-        id=f"e{seed}",
-        task_id="t",
-        task_hash="h",
-        env="toy",
-        split="train",
-        prompt_ids=draw(3 + seed),
-        turns=tuple(Turn(token_ids=draw(n), rollout_logprobs=(-1.0,) * n, observation_ids=draw(2)) for n in sizes),
-        stop_reason=StopReason.COMPLETED,
-    )
+    return LocalTeacher("toy", qwen3(VOCAB, initializer_range=0.3).requires_grad_(False))
 
 
 Serve = Callable[..., TeacherServer]

@@ -46,7 +46,7 @@ class SuiteVerifier(JudgingVerifier):
 
     async def judge(self, task: Task, episode: Episode, sandbox: Sandbox | None) -> Finding:
         """Run the suite on what was handed in, and on the starting files where they are needed to tell progress."""
-        suite = test_suite(task)
+        suite = suite_of(task)
         if not episode.final_state.get("submitted"):
             return Finding(0.0, VerdictStatus.NO_ANSWER, detail="nothing was submitted")
         if sandbox is None:
@@ -94,14 +94,11 @@ class SuiteVerifier(JudgingVerifier):
         return self._known[key]
 
 
-def test_suite(task: Task) -> TestSuite:
+def suite_of(task: Task) -> TestSuite:
     """The suite that judges a task: its public files with the hidden ones laid over them, and all tests of both."""
     files = {**task.public["files"], **hidden_field(task, "files", dict)}
     tests = [*hidden_field(task, "tests", list), *task.public.get("tests", ())]
     return TestSuite(files, list(dict.fromkeys(tests)), frozenset(task.public["editable"]))
-
-
-test_suite.__test__ = False  # type: ignore[attr-defined]
 
 
 def progress(before: Mapping[str, bool], after: Mapping[str, bool]) -> float:
