@@ -88,7 +88,8 @@ async def milliseconds(verdict: Verdict) -> float:
 
 
 async def throughput(verdict: Verdict, workers: int, seconds: float) -> float:
-    """Verdicts per second with as many at once as there are workers."""
+    """Verdicts per second with as many at once as there are workers, once what was made ahead of demand is used up."""
+    await asyncio.gather(*(verdict() for _ in range(workers)))
     started, done = time.perf_counter(), 0
 
     async def loop() -> None:
