@@ -68,7 +68,7 @@ class CodeVerifier(JudgingVerifier):
     """Outcome 1 if every hidden and public case passes; reward by ``agentopd_verifiers.diff``."""
 
     name: ClassVar[str] = "code"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_sandbox: ClassVar[bool] = True
     priced: ClassVar[bool] = True
     """Whether a large patch costs reward."""
