@@ -75,6 +75,8 @@ def _serve(place: cell.Cell, files: list[int]) -> NoReturn:
             os.write(files[0], chunk)
             size -= len(chunk)
         reply = place.run(limits, [os.dup(file) for file in files])
+        if not reply.get("last") and not place.emptied():
+            reply["last"] = True
         ended = json.dumps(reply).encode()
         report = os.pread(files[1], wire.MAX_FRAME_BYTES + 1, 0)
         output = os.pread(files[2], limits["output_bytes"] + 1, 0)
