@@ -20,8 +20,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from agentopd_sandboxes import case, linux, namespaces
 from agentopd_sandboxes.scales import Scales
@@ -35,8 +34,7 @@ OPEN_FILES = 64
 STACK_BYTES = 8 << 20
 
 
-@dataclass(frozen=True)
-class Tools:
+class Tools(NamedTuple):
     """What a cell is given by whoever makes it."""
 
     proc: int
