@@ -54,9 +54,14 @@ def phased_prompts(drawn: Sequence[Drawn], share: float, step: int) -> list[Draw
 
 def unsolved(drawn: Sequence[Drawn], judged: Sequence[Judged]) -> list[Drawn]:
     """The prompts of which at least one rollout was judged and none passed, in the order drawn."""
-    tried = {episode.task_hash for episode, verdict in judged if verdict.outcome is not None}
-    solved = {episode.task_hash for episode, verdict in judged if verdict.passed}
+    tried, solved = tried_and_solved(judged)
     return [item for item in drawn if item.task.hash in tried - solved]
+
+
+def tried_and_solved(judged: Sequence[Judged]) -> tuple[set[str], set[str]]:
+    """Hashes of the tasks with a judged rollout, and of those with one that passed."""
+    tried = {episode.task_hash for episode, verdict in judged if verdict.outcome is not None}
+    return tried, {episode.task_hash for episode, verdict in judged if verdict.passed}
 
 
 def student_answers(drawn: Sequence[Drawn], share: float, step: int) -> tuple[list[Drawn], list[Drawn]]:

@@ -266,12 +266,11 @@ def micro_build(path: Path, overrides: Sequence[str], plain: bool) -> None:
 
 def sandbox_check(backends: Sequence[str], as_json: bool, plain: bool) -> None:
     """``agentopd sandbox check``."""
-    from agentopd.sandboxing import check_backends, present
-    from agentopd.testing import CATALOGUE
+    from agentopd.sandboxing import ROWS, check_backends, present
 
     names = list(backends) or present()
     console = make_console(plain or as_json, stderr=as_json)
-    with progress(console, "checking", len(names) * len(CATALOGUE)) as advance:
+    with progress(console, "checking", len(names) * ROWS) as advance:
         reports = asyncio.run(check_backends(names, advance))
     if as_json:
         print(json.dumps({report.name: _sandbox_json(report) for report in reports}))

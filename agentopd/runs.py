@@ -105,6 +105,7 @@ class Run:
         require_certificates(load_skills(config.suite), allow_uncertified)
         run = cls._build(_settled(config), Path(config.run_dir))
         RunDirectory.check_free(config.run_dir)
+        runtime.barrier()  # the directory is rank 0's to fill once every rank has found it free
         return run
 
     @classmethod
@@ -142,7 +143,8 @@ class Run:
         clean = Decontaminator(heldout, config.decontamination, embed)
         seed = config.seed if config.suite.seed is None else config.suite.seed
         streams = {name: TaskStream(skill.env, skill.config, seed, keep=clean.kept) for name, skill in skills.items()}
-        mixture = Mixture(streams, config.suite.skills, config.replay, config.suite.temperature)
+        suite, retry_share = config.suite, config.train.retry_share
+        mixture = Mixture(streams, suite.skills, config.replay, suite.temperature, retry_share)
         learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps, teachers.heads())
         learner.stretches = [stage.steps for stage in config.stages] or learner.stretches
         classify = policy.classify(segments=any(x.masks.suffix != "off" for x in config.objective.every_stage()))

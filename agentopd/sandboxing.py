@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 from agentopd.contracts import Sandbox
 from agentopd.errors import RegistryError, SandboxError
-from agentopd.registry import sandboxes
-from agentopd.testing import CATALOGUE, LIMITS, Finding, check_sandbox
+from agentopd.registry import sandboxes, verifiers
+from agentopd.testing import CATALOGUE, LIMITS, SUBMISSIONS, Finding, check_sandbox, check_verifier
 
 UNSAFE = "unsafe"
 """Named by hand or not at all."""
+ROWS = len(CATALOGUE) + len(SUBMISSIONS)
+"""Checks of one backend."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ async def _check(name: str, advance: Callable[[], None]) -> BackendReport:
         except SandboxError as exc:
             return BackendReport(name, absent=str(exc))
         findings = await check_sandbox(sandbox, CATALOGUE, advance)
+        for judge in dict.fromkeys(row.verifier for row in SUBMISSIONS):
+            findings += await check_verifier(verifiers.get(judge)(), sandbox, advance)
         return BackendReport(name, tuple(findings), tuple(sorted(sandbox.capabilities)))
     finally:
         await sandbox.aclose()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import psutil
 
@@ -12,26 +12,31 @@ from agentopd.learner import runtime
 from agentopd.objective.repetition import looping_tail, repeats
 from agentopd.types import Episode, Verdict
 
+_AVERAGED = (
+    *("success", "retry_success", "reward", "tokens", "turns"),
+    *("truncated", "repetition", "malformed", "flagged", "diff_cost"),
+)
 
-def step_metrics(judged: Sequence[tuple[Episode, Verdict]]) -> dict[str, float]:
+
+def step_metrics(judged: Sequence[tuple[Episode, Verdict]], again: Set[str] = frozenset()) -> dict[str, float]:
     """Per skill: success, reward, tokens, turns, truncation, repetition, malformed calls, flags, unjudged; all ranks.
 
     Success and reward average over judged episodes only, the cost of a patch over those that passed; a skill without
-    such episodes has no such entry.
+    such episodes has no such entry. Tasks drawn ``again`` (by hash), because they were failed, say nothing of the
+    success on tasks at large: theirs is ``retry_success``.
     """
-    rows = [_row(episode, verdict) for episode, verdict in judged]
+    rows = [_row(episode, verdict, episode.task_hash in again) for episode, verdict in judged]
     by_skill: dict[str, list[dict[str, float]]] = defaultdict(list)
     for part in runtime.gather_objects(rows):
         for skill, row in part:
             by_skill[skill].append(row)
     metrics: dict[str, float] = {}
     for skill, found in sorted(by_skill.items()):
-        names = ("success", "reward", "tokens", "turns", "truncated", "repetition", "malformed", "flagged", "diff_cost")
-        for key in names:
+        for key in _AVERAGED:
             values = [row[key] for row in found if key in row]
             if values:
                 metrics[f"{skill}/{key}"] = sum(values) / len(values)
-        metrics[f"{skill}/infra_errors"] = sum("success" not in row for row in found)
+        metrics[f"{skill}/infra_errors"] = sum(row["unjudged"] for row in found)
         metrics[f"{skill}/episodes"] = len(found)
     every = [row for found in by_skill.values() for row in found]
     metrics["rollout/episodes"] = len(every)
@@ -39,7 +44,7 @@ def step_metrics(judged: Sequence[tuple[Episode, Verdict]]) -> dict[str, float]:
     return metrics
 
 
-def _row(episode: Episode, verdict: Verdict) -> tuple[str, dict[str, float]]:
+def _row(episode: Episode, verdict: Verdict, again: bool) -> tuple[str, dict[str, float]]:
     row: dict[str, float] = {
         "tokens": episode.num_sampled,
         "turns": len(episode.turns),
@@ -47,9 +52,10 @@ def _row(episode: Episode, verdict: Verdict) -> tuple[str, dict[str, float]]:
         "repetition": float(any(repeats(turn.text) or looping_tail(turn.token_ids) for turn in episode.turns)),
         "malformed": sum(len(turn.malformed) for turn in episode.turns),
         "flagged": float(bool(verdict.flags)),
+        "unjudged": verdict.outcome is None or verdict.reward is None,
     }
     if verdict.outcome is not None and verdict.reward is not None:
-        row |= {"success": verdict.outcome, "reward": verdict.reward}
+        row |= {"retry_success": verdict.outcome} if again else {"success": verdict.outcome, "reward": verdict.reward}
     if verdict.passed and "diff_cost" in verdict.components:
         row["diff_cost"] = verdict.components["diff_cost"]
     return episode.skill, row

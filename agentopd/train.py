@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 
 from agentopd.batching import build_batch
-from agentopd.collect import collect, collect_beside, store_rollouts
+from agentopd.collect import collect, collect_beside, store_rollouts, tried_and_solved
 from agentopd.contracts import Evidence, ScoredEpisode
 from agentopd.dashboard import Seen, watching
 from agentopd.evaluate import Judged
@@ -97,6 +97,8 @@ async def train_step(run: Run) -> Seen:
         judged = [*own, *others]
         verdicts = run.judge.compare(judged, tasks)
         judged = [(episode, verdict) for (episode, _), verdict in zip(judged, verdicts, strict=True)]
+        for tried, solved in runtime.gather_objects(tried_and_solved(own)):
+            run.mixture.record(drawn, tried, solved)
     run.policy.engine.sleep()
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)
@@ -107,16 +109,18 @@ async def train_step(run: Run) -> Seen:
         batch = build_batch(both, blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
         kept = inspect(run, blocks, shown, batch, {item.task.id: item.task for item in drawn})
         learned = run.learner.step(batch)
-    measured = others if blocks.source.kind in ("gold", "teacher") else own
+    acting = others if blocks.source.kind in ("gold", "teacher") else own
+    again = {item.task.hash for item in drawn if item.again}
     replayed = {f"replay/share/{name}": shares[name] for name in sorted(run.old_skills)}
     run.step += 1
     with clock.phase("sync"):
         synced = run.policy.engine.sync_weights(run.step)
-    metrics = {**step_metrics(measured), **cost_metrics(scored), **replayed, **learned, **synced, **clock.metrics()}
+    measured = step_metrics(acting, again) | cost_metrics(scored)
+    metrics = {**measured, **replayed, **learned, **synced, **clock.metrics()}
     run.log(metrics)
     if run.directory is not None:
         run.directory.keep_episodes(run.step, kept)
-    return Seen(run.step, metrics, measured)
+    return Seen(run.step, metrics, acting)
 
 
 async def score(

@@ -42,7 +42,10 @@ def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object],
 
 
 def report(ratios: dict[str, Ratio], **figures: float) -> None:
-    """Rows, then one JSON object on the last line."""
+    """Rows, then one JSON object on the last line: medians by their keys, the spread beside them."""
     for ratio in ratios.values():
         print(ratio.line())
-    print(json.dumps({**{key: round(ratio.median, 3) for key, ratio in ratios.items()}, **figures}))
+    medians = {key: round(ratio.median, 3) for key, ratio in ratios.items()}
+    lows = {f"{key}_low": round(ratio.low, 3) for key, ratio in ratios.items()}
+    highs = {f"{key}_high": round(ratio.high, 3) for key, ratio in ratios.items()}
+    print(json.dumps({**medians, **lows, **highs, **figures}))

@@ -3,9 +3,14 @@
 A verdict here is one program and ten calls of it, whose values come back and are compared by the judge. The two Docker
 command lines evaluate all ten in one bare interpreter (`python3 -I -S`), which is the least they can do; so do ours for
 the gated figures. ``*_processes`` are the same ten as ten cases, each in a process of its own, as the code verifier
-runs them. Rounds are interleaved, so that a machine whose speed drifts changes all alike.
+runs them. Rounds are interleaved, so that a machine whose speed drifts changes all alike; a ratio is one of throughputs
+within a round, on all cores.
 
-``python -m benchmarks.sandbox [--verdicts N]``; the Docker figures need an engine at ``DOCKER_HOST``.
+Then one jail gives ``--verdicts`` verdicts: what the latest cost against the earliest, in wall time and in processor
+time of all its processes, and what memory they left behind.
+
+``python -m benchmarks.sandbox [--rounds N] [--seconds S] [--verdicts N]``; the Docker figures need an engine at
+``DOCKER_HOST``.
 """
 
 from __future__ import annotations
@@ -18,8 +23,10 @@ import statistics
 import subprocess
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+
+import psutil
 
 from agentopd.contracts import Case, Program, Sandbox
 from agentopd.errors import SandboxError
@@ -27,6 +34,7 @@ from agentopd_sandboxes import JailSandbox
 from agentopd_sandboxes.docker import DockerSandbox
 from agentopd_sandboxes.image import tag
 from agentopd_sandboxes.ledger import LABEL
+from benchmarks.harness import Ratio, report
 
 SOURCE = "def f(n):\n    return sorted(str(n ** k) for k in range(5))[-1]\n"
 INPUTS = list(range(10))
@@ -80,13 +88,13 @@ async def milliseconds(verdict: Verdict) -> float:
 
 
 async def throughput(verdict: Verdict, workers: int, seconds: float) -> float:
-    """Verdicts per second with as many at once as there are workers."""
-    end, done = time.perf_counter() + seconds, 0
-    started = time.perf_counter()
+    """Verdicts per second with as many at once as there are workers, once what was made ahead of demand is used up."""
+    await asyncio.gather(*(verdict() for _ in range(workers)))
+    started, done = time.perf_counter(), 0
 
     async def loop() -> None:
         nonlocal done
-        while time.perf_counter() < end:
+        while time.perf_counter() < started + seconds:
             await verdict()
             done += 1
 
@@ -94,39 +102,75 @@ async def throughput(verdict: Verdict, workers: int, seconds: float) -> float:
     return done / (time.perf_counter() - started)
 
 
-def memory_kb() -> int:
-    """Resident memory of this process and everything below it."""
-    todo, total = [str(os.getpid())], 0
-    while todo:
-        pid = todo.pop()
-        try:
-            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                todo += (task / "children").read_text().split()
-        except OSError:
-            continue
-    return total
+def tree() -> Iterator[psutil.Process]:
+    """The calling process and everything below it that still runs."""
+    me = psutil.Process()
+    yield from (me, *me.children(recursive=True))
+
+
+def used() -> tuple[float, float]:
+    """Processor seconds so far and resident MiB now, of the whole tree."""
+    cpu = memory = 0.0
+    for process in tree():
+        with suppress(psutil.NoSuchProcess):
+            cpu += sum(process.cpu_times()[:4])  # its own and those of its children that ended
+            memory += process.memory_info().rss / 2**20
+    return cpu, memory
 
 
 async def growth(sandbox: Sandbox, verdicts: int) -> dict[str, float]:
-    """Whether the last tenth of a long run costs what the first did, in time and in memory."""
-    verdict, times, sizes = of(sandbox, TOGETHER), [], []
-    for index in range(verdicts):
-        times.append(await milliseconds(verdict))
-        if index % max(1, verdicts // 20) == 0:
-            sizes.append(memory_kb())
-    tenth = max(1, verdicts // 10)
-    late = statistics.median(times[-tenth:]) / statistics.median(times[:tenth])
-    return {"verdicts": verdicts, "late_vs_early": round(late, 3), "memory_growth_kb": sizes[-1] - sizes[1]}
+    """What verdicts cost and leave behind, the latest tenth against the earliest; a row for each tenth."""
+    verdict, tenth = of(sandbox, TOGETHER), max(1, verdicts // 10)
+    rows: list[tuple[float, float, float]] = []
+    for index in range(10):
+        before, _ = used()
+        times = [await milliseconds(verdict) for _ in range(tenth)]
+        cpu, memory = used()
+        rows.append((statistics.median(times), (cpu - before) * 1000 / tenth, memory))
+        print(f"{(index + 1) * tenth:>7} verdicts  {rows[-1][0]:6.2f} ms  {rows[-1][1]:6.2f} ms CPU  {memory:7.1f} MiB")
+    (first_ms, first_cpu, first_mb), (last_ms, last_cpu, last_mb) = rows[0], rows[-1]
+    return {
+        "verdicts": 10 * tenth,
+        "late_vs_early": round(last_ms / first_ms, 3),
+        "late_vs_early_cpu": round(last_cpu / first_cpu, 3),
+        "memory_growth_mb": round(last_mb - first_mb, 1),
+    }
 
 
-async def measure(rounds: int, verdicts: int) -> dict[str, float]:
+async def latency(arms: dict[str, Verdict], rounds: int) -> dict[str, float]:
+    """Median of one verdict at a time, in bursts with a pause between."""
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm, verdict in arms.items():
+            times[arm] += [await milliseconds(verdict) for _ in range(5 if arm.startswith("jail") else 1)]
+            await asyncio.sleep(1.0 if arm.startswith("docker") else 0.02)
+    for arm, found in times.items():
+        low, *_, high = statistics.quantiles(found, n=10)
+        print(f"{arm:<20} {statistics.median(found):8.2f} ms  ({low:.2f} to {high:.2f} for 8 of 10)")
+    return {f"{arm}_median_ms": round(statistics.median(found), 2) for arm, found in times.items()}
+
+
+async def rates(arms: dict[str, Verdict], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Verdicts per second of each arm, one figure per round."""
+    found: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm, verdict in arms.items():
+            found[arm].append(await throughput(verdict, os.cpu_count() or 1, seconds))
+    return found
+
+
+def ratio(name: str, ours: list[float], theirs: list[float]) -> Ratio:
+    """Round by round."""
+    found = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    return Ratio(name, statistics.median(found), min(found), max(found), len(found))
+
+
+async def measure(rounds: int, seconds: float, verdicts: int) -> None:
     """All figures; Docker's are missing without an engine."""
-    workers = os.cpu_count() or 1
+    workers, load = os.cpu_count() or 1, os.getloadavg()[0]
     jail, docker = JailSandbox(workers), DockerSandbox(workers)
     arms = {"jail": of(jail, TOGETHER), "jail_processes": of(jail, APART)}
     name = f"agentopd-bench-{uuid.uuid4().hex[:8]}"
-    figures: dict[str, float] = {"load_before": os.getloadavg()[0], "cores": workers}
     try:
         await jail.start()
         try:
@@ -143,48 +187,28 @@ async def measure(rounds: int, verdicts: int) -> dict[str, float]:
             }
         except SandboxError as exc:
             print(f"without Docker: {exc}")
-        times: dict[str, list[float]] = {arm: [] for arm in arms}
-        for _ in range(rounds):
-            for arm, verdict in arms.items():
-                times[arm] += [await milliseconds(verdict) for _ in range(5 if arm.startswith("jail") else 1)]
-                await asyncio.sleep(1.0 if arm.startswith("docker") else 0.02)  # demand comes in bursts
-        for arm, found in times.items():
-            figures[f"{arm}_median_ms"] = round(statistics.median(found), 2)
-        for arm, verdict in arms.items():
-            figures[f"{arm}_per_s"] = round(await throughput(verdict, workers, 6.0), 2)
-        figures |= ratios(figures)
+        figures = await latency(arms, 4 * rounds)
+        found = await rates(arms, rounds, seconds)
+        figures |= {f"{arm}_per_s": round(statistics.median(rate), 2) for arm, rate in found.items()}
         figures |= await growth(jail, verdicts)
     finally:
         await jail.aclose()
         await docker.aclose()
         subprocess.run(["docker", "rm", "-f", name], capture_output=True, check=False)
-    return figures | {"load_after": os.getloadavg()[0]}
-
-
-def ratios(figures: dict[str, float]) -> dict[str, float]:
-    """Throughput against throughput, on all cores."""
-    if "docker_run_per_s" not in figures:
-        return {}
-    jail, ours = figures["jail_per_s"], figures["docker_per_s"]
-    return {
-        "jail_vs_docker_exec": round(jail / figures["docker_exec_per_s"], 2),
-        "jail_vs_docker_run": round(jail / figures["docker_run_per_s"], 2),
-        "docker_vs_docker_run": round(figures["docker_run_median_ms"] / figures["docker_median_ms"], 2),
-        "docker_vs_docker_run_sustained": round(ours / figures["docker_run_per_s"], 2),
-    }
+    pairs = ("jail", "docker_exec"), ("jail", "docker_run"), ("docker", "docker_run")
+    ratios = {f"{a}_vs_{b}": ratio(f"{a} vs {b}", found[a], found[b]) for a, b in pairs if b in found}
+    if load > workers / 2:
+        print("other work was running: these figures are not those of the machine")
+    report(ratios, **figures, cores=workers, load_before=load, load_after=os.getloadavg()[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--verdicts", type=int, default=10_000)
     options = parser.parse_args()
-    figures = asyncio.run(measure(options.rounds, options.verdicts))
-    for key, value in figures.items():
-        print(f"{key:32} {value:>10}")
-    if figures["load_before"] > (os.cpu_count() or 1) / 2:
-        print("other work was running: these figures are not those of the machine")
-    print(json.dumps(figures))
+    asyncio.run(measure(options.rounds, options.seconds, options.verdicts))
 
 
 if __name__ == "__main__":

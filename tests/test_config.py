@@ -129,6 +129,12 @@ def test_a_missing_teacher_is_an_error_only_where_one_is_needed(tmp_path):
     assert load_run_config(path, ["objective.preset=grpo"]).teachers == {}
 
 
+def test_failed_tasks_are_retried_only_where_the_student_tries_any(config_file):
+    assert load_run_config(config_file, ["train.retry_share=0.5"]).train.retry_share == 0.5
+    message = refusal(config_file, "train.retry_share=0.5", "objective.preset=sft")
+    assert "0.5" in message and "'gold'" in message
+
+
 def test_replay_defaults_to_off_without_old_skills_but_is_never_ignored(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('[[suite.skills]]\nname = "repair"\nenv = "code_repair"\n[teachers.default]\nmodel = "t"\n')

@@ -1,10 +1,21 @@
 """Batches: exact shares, reproducible draws, replay that follows forgetting."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from agentopd.config.run import ReplayConfig, SkillConfig, SuiteConfig
 from agentopd.errors import ConfigError
-from agentopd.mixture import CoresetStream, Mixture, ReplayScores, TaskStream, budgeted_shares, replay_weights
+from agentopd.mixture import (
+    CoresetStream,
+    Mixture,
+    MixtureState,
+    ReplayScores,
+    TaskStream,
+    budgeted_shares,
+    replay_weights,
+)
 from agentopd.types import Task
 
 
@@ -187,3 +198,64 @@ def test_a_curriculum_begins_with_the_easiest_and_ends_with_all(size):
 def test_a_curriculum_needs_a_difficulty():
     with pytest.raises(ConfigError, match="no `difficulty`"):
         TaskStream(source("plain", None), skill("plain", curriculum={}), seed=0).take(1)
+
+
+def retrying(share: float = 0.5) -> Mixture:
+    skills = [skill("math", "old"), skill("repair"), skill("store")]
+    streams = {item.name: TaskStream(source(item.name, None), item, seed=0) for item in skills}
+    return Mixture(streams, skills, ReplayConfig(share=0.2), retry_share=share)
+
+
+def failing(drawn) -> tuple[set[str], set[str]]:
+    """Every task is tried; those with an even number are solved."""
+    hashes = {item.task.hash for item in drawn}
+    return hashes, {item.task.hash for item in drawn if int(item.task.id.rpartition("-")[2]) % 2 == 0}
+
+
+def test_failed_tasks_come_again_and_solved_ones_do_not():
+    mix = retrying()
+    first = mix.draw(20)
+    assert not any(item.again for item in first)
+    mix.record(first, *failing(first))
+    second = mix.draw(20)
+    again = [item for item in second if item.again]
+    assert [sum(item.skill == name for item in again) for name in ("math", "repair", "store")] == [0, 4, 4]
+    failed = {item.task.id for item in first if int(item.task.id.rpartition("-")[2]) % 2}
+    assert {item.task.id for item in again} <= failed
+    assert len(second) == 20 and not {item.task.id for item in second if not item.again} & failed
+    mix.record(second, {item.task.hash for item in second}, {item.task.hash for item in second})
+    assert not any(item.again for item in mix.draw(20))
+
+
+def test_a_task_that_nobody_tried_says_nothing():
+    mix = retrying()
+    drawn = mix.draw(20)
+    mix.record(drawn, set(), set())
+    assert not any(item.again for item in mix.draw(20))
+
+
+def test_retries_keep_their_share_in_the_long_run_and_skills_theirs():
+    mix, retried, drawn_in_all = retrying(share=0.3), 0, 0
+    for step in range(60):
+        drawn = mix.draw(7)
+        mix.record(drawn, {item.task.hash for item in drawn}, set())
+        new = [item for item in drawn if not item.replay]
+        if step >= 10:
+            retried, drawn_in_all = retried + sum(item.again for item in new), drawn_in_all + len(new)
+    assert retried == pytest.approx(0.3 * drawn_in_all, abs=2)
+    assert drawn_in_all == pytest.approx(0.8 * 7 * 50, abs=1)
+
+
+def test_an_interrupted_mixture_retries_the_same_tasks():
+    mix = retrying()
+    for _ in range(3):
+        drawn = mix.draw(10)
+        mix.record(drawn, *failing(drawn))
+    saved = MixtureState(**json.loads(json.dumps(asdict(mix.state()))))
+    fresh = retrying()
+    fresh.restore(saved)
+    for _ in range(3):
+        drawn = mix.draw(10)
+        assert fresh.draw(10) == drawn
+        mix.record(drawn, *failing(drawn))
+        fresh.record(drawn, *failing(drawn))

@@ -61,6 +61,8 @@ class TrainConfig(Section):
 
     steps: int = Field(100, ge=1)
     prompts_per_step: int = Field(48, ge=1)
+    retry_share: float = Field(0.0, ge=0, lt=1)
+    """Share of each new skill's prompts that are tasks it tried and did not solve, while there are any."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between retention evaluations; None evaluates at the start and the end only."""
     checkpoint_every: int | None = Field(25, ge=1)
@@ -216,6 +218,12 @@ class RunConfig(Section):
             self._nucleus_fits(blocks)
             if blocks.needs_stored_rollouts:
                 self._rollouts_can_be_stored(blocks)
+        kinds = {blocks.source.kind for blocks in self.objective.every_stage()}
+        if self.train.retry_share > 0 and not kinds & {"student", "mixed"}:
+            raise ValueError(
+                f"train.retry_share is {self.train.retry_share:g}, and with source {min(kinds)!r} the student tries "
+                "nothing: set it to 0"
+            )
         if any(blocks.needs_rubric for blocks in self.objective.every_stage()) != (self.judge is not None):
             lacking = (
                 "verifier 'rubric' needs a model that writes rubrics and judges: add [judge] with base_url and model"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
+from typing import Any
 
 from agentopd.config.retention import ReplayConfig
 from agentopd.config.run import SkillConfig
 from agentopd.contracts import Environment
 from agentopd.errors import ConfigError
 from agentopd.mixture.replay import ReplayScores, budgeted_shares, replay_weights
+from agentopd.mixture.unsolved import Unsolved
 from agentopd.types import Split, Task
 
 _BLOCK = 64
@@ -111,6 +113,8 @@ class Drawn:
     skill: str
     task: Task
     replay: bool
+    again: bool = False
+    """Whether the student tried this task before and did not solve it."""
 
 
 class CoresetStream:
@@ -148,6 +152,7 @@ class MixtureState:
     share: float | None = None
     budgets: dict[str, float] = field(default_factory=dict)
     replay_positions: dict[str, int] = field(default_factory=dict)
+    unsolved: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Mixture:
@@ -163,6 +168,7 @@ class Mixture:
         skills: Sequence[SkillConfig],
         replay: ReplayConfig,
         temperature: float | None = None,
+        retry_share: float = 0.0,
     ) -> None:
         self._streams = dict(streams)
         self._weights = {
@@ -178,6 +184,7 @@ class Mixture:
         """Total replay share; a guard may raise it. ``budgeted`` goes by ``budgets`` instead."""
         self.budgets: dict[str, float] = {}
         self._credits = {skill.name: 0.0 for skill in skills}
+        self._unsolved = {skill.name: Unsolved(retry_share) for skill in skills if retry_share > 0}
 
     def assign(self, new: Sequence[str], old: Sequence[str]) -> None:
         """The skills to train and to replay from here on; skills in neither wait for their stage."""
@@ -219,9 +226,13 @@ class Mixture:
             name = max(active, key=lambda skill: self._credits[skill])
             self._credits[name] -= 1.0
             counts[name] += 1
-        return [
-            Drawn(name, task, name in self._old) for name in active for task in self._stream(name).take(counts[name])
-        ]
+        return [item for name in active for item in self._take(name, counts[name])]
+
+    def record(self, drawn: Sequence[Drawn], tried: Set[str], solved: Set[str]) -> None:
+        """Tell which of the prompts ``drawn`` the student tried and which it solved, by their tasks' hashes."""
+        for name in self._unsolved.keys() & set(self._new):
+            mine = [item.task for item in drawn if item.skill == name and item.task.hash in tried]
+            self._unsolved[name].update(mine, solved)
 
     def state(self) -> MixtureState:
         """Everything needed to continue the same sequence of batches."""
@@ -233,6 +244,7 @@ class Mixture:
             share=self.share,
             budgets=dict(self.budgets),
             replay_positions={name: stream.position for name, stream in self.replay_streams.items()},
+            unsolved={name: unsolved.state() for name, unsolved in self._unsolved.items()},
         )
 
     def restore(self, state: MixtureState) -> None:
@@ -241,10 +253,18 @@ class Mixture:
             self._streams[name].seek(position)
         for name, position in state.replay_positions.items():
             self.replay_streams[name].seek(position)
+        for name, unsolved in state.unsolved.items():
+            self._unsolved[name].restore(**unsolved)
         self._credits = dict(state.credits)
         self.scores = ReplayScores(dict(state.base), dict(state.current))
         self.share = self._replay.share if state.share is None else state.share
         self.budgets = dict(state.budgets)
+
+    def _take(self, name: str, num: int) -> list[Drawn]:
+        is_old, unsolved = name in self._old, self._unsolved.get(name)
+        failed = unsolved.take(num) if unsolved and not is_old else []
+        again = [Drawn(name, task, replay=False, again=True) for task in failed]
+        return again + [Drawn(name, task, is_old) for task in self._stream(name).take(num - len(again))]
 
     def _stream(self, name: str) -> TaskStream | CoresetStream:
         return self.replay_streams.get(name, self._streams[name]) if name in self._old else self._streams[name]

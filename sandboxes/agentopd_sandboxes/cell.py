@@ -20,13 +20,11 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from agentopd_sandboxes import case, linux, namespaces
 from agentopd_sandboxes.scales import Scales
 
-MESSAGE_BYTES = 16 * 1024
 TICK_S = 0.05
 """How often memory is looked at, and so how coarse that limit is."""
 SETUP_S = 20.0
@@ -36,8 +34,7 @@ OPEN_FILES = 64
 STACK_BYTES = 8 << 20
 
 
-@dataclass(frozen=True)
-class Tools:
+class Tools(NamedTuple):
     """What a cell is given by whoever makes it."""
 
     proc: int
@@ -59,15 +56,15 @@ def init(tools: Tools, control: int, file_mb: int) -> NoReturn:
         namespaces.mount_case_directory(file_mb)
         lock_down(tools)
         cell = Cell(tools, control, (namespaces.CASE_DIR,), namespaces.restore_case_directory)
-        judge.send(b'{"ready": true}')
-        while True:
-            message, fds, _, _ = socket.recv_fds(judge, MESSAGE_BYTES, 3)
+        usable = True
+        while usable:
+            judge.send(b'{"ready": true}')
+            message, fds, _, _ = socket.recv_fds(judge, case.MESSAGE_BYTES, 3)
             if not message:
                 break
             reply = cell.run(json.loads(message), fds)
             judge.send(json.dumps(reply).encode())
-            if reply.get("last"):
-                break
+            usable = not reply.get("last") and cell.emptied()
     except BaseException as exc:
         number = exc.errno if isinstance(exc, OSError) else None
         judge.send(json.dumps({"fault": f"{type(exc).__name__}: {exc}", "errno": number, "last": True}).encode())
@@ -102,25 +99,30 @@ class Cell:
         self.scales = Scales(tools.proc)
         self.hangup = hangup
         self.directories = directories
+        self.waiting: tuple[int, socket.socket] | None = self.fork()
+        """The first case's process, forked ahead of demand: there is no program yet that could reach it."""
 
     def run(self, limits: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         """Run one case on three files (request, report, output), which are closed; how it ended.
 
-        ``last`` in the reply means that the cell cannot be used again.
+        ``last`` in the reply means that the cell cannot be used again, nor can it unless it is then ``emptied``.
         """
-        status_r, status_w = os.pipe()
+        pid, channel = self.waiting or self.fork()
+        self.waiting = None
+        with channel:
+            socket.send_fds(channel, [json.dumps(limits).encode()], fds)
+            for fd in fds:
+                os.close(fd)
+            return _Watch(self, pid, channel.fileno(), limits).run()
+
+    def fork(self) -> tuple[int, socket.socket]:
+        """Fork a case's process, which waits for its files at the other end of the socket."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = linux.fork()
         if pid == 0:
-            case.main(limits, [*fds, status_w], self.tools.ruleset, self.tools.own_users)
-        for fd in (*fds, status_w):
-            os.close(fd)
-        try:
-            reply = _Watch(self, pid, status_r, limits).run()
-        finally:
-            os.close(status_r)
-        if not reply.get("last") and not self.emptied():
-            reply["last"] = True
-        return reply
+            case.wait(theirs, self.tools.ruleset, self.tools.own_users)
+        theirs.close()
+        return pid, ours
 
     def outlive(self, pid: int) -> dict[str, Any]:
         """Collect a case's process that has ended, and kill whatever it left running."""

@@ -151,13 +151,14 @@ class _Worker:
 
     async def cell(self, limits: SandboxLimits) -> Cell:
         """The cell of the current program; a fresh one if there is none that can go on."""
-        if self.used is None or not self.used.usable:
+        if self.used is None or not await self.used.ready():
             self.leave()
             if self.next is None or self.next.file_mb != limits.file_mb:
                 self.used = self.zygote.new_cell(limits.file_mb)
             else:
                 self.used, self.next = self.next, None
-            await self.used.ready()
+            if not await self.used.ready():
+                raise CellDied("a sandbox cell ended before it was ready")
         return self.used
 
     def leave(self) -> None:

@@ -51,6 +51,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _held = ctypes.PyDLL(None, use_errno=True)
 """The same library, called without giving up the interpreter's lock."""
+_CAPABILITY_HEADER = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
+_NO_CAPABILITIES = ctypes.create_string_buffer(24)
+"""Made once, not in every cell: each size of a buffer is a new type."""
 
 
 def _checked(what: str, result: int) -> int:
@@ -132,8 +135,7 @@ def no_new_privileges() -> None:
 
 def drop_capabilities() -> None:
     """Empty the caller's capability sets. The bounding set only matters to exec, which the filter refuses."""
-    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
-    _checked("capset", _libc.capset(header, ctypes.create_string_buffer(24)))
+    _checked("capset", _libc.capset(_CAPABILITY_HEADER, _NO_CAPABILITIES))
 
 
 def install_filter(program: bytes) -> None:

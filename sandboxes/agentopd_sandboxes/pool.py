@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
@@ -125,7 +126,12 @@ class _Run:
         request_id, request = self.requests[index]
         cell = await worker.cell(self.limits)
         outcome = await cell.call(request, self.limits)
-        self.found[index] = to_result(self.cases[index], request_id, outcome, self.limits)
+        result = to_result(self.cases[index], request_id, outcome, self.limits)
+        if result.status is CaseStatus.CRASH and outcome.signal == signal.SIGKILL and not self.deaths[index]:
+            self.deaths[index] += 1  # by its own hand, or by a machine that ran out of memory: once more will tell
+            self.todo.appendleft(index)
+        else:
+            self.found[index] = result
 
     def results(self) -> list[CaseResult]:
         """In the order of the cases."""

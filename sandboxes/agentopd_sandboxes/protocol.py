@@ -26,6 +26,11 @@ class Outcome:
     report: bytes
     output: bytes
 
+    @property
+    def signal(self) -> int | None:
+        """The signal that ended it, if one did."""
+        return os.WTERMSIG(self.status) if self.status is not None and os.WIFSIGNALED(self.status) else None
+
 
 def checked(limits: SandboxLimits) -> SandboxLimits:
     """The limits, if each is positive; ``UserError`` otherwise."""
@@ -87,8 +92,8 @@ def _classify(request_id: bytes, outcome: Outcome, limits: SandboxLimits) -> tup
         return CaseStatus.TIMEOUT, None, f"still running after {limits.wall_s:g} s"
     if outcome.killed == "memory" or outcome.status is None:
         return CaseStatus.RESOURCE, None, f"its processes together used more than {limits.memory_mb} MiB"
-    if os.WIFSIGNALED(outcome.status):
-        return _classify_signal(os.WTERMSIG(outcome.status), outcome, limits)
+    if outcome.signal is not None:
+        return _classify_signal(outcome.signal, outcome, limits)
     if not outcome.report:
         code = os.waitstatus_to_exitcode(outcome.status)
         return CaseStatus.NO_RESULT, None, f"it ended (exit code {code}) without reporting a value"

@@ -124,35 +124,31 @@ class Cell:
     def __init__(self, control: socket.socket, file_mb: int) -> None:
         self.file_mb = file_mb
         self._socket = control
-        self._hello = False
-        self.usable = True
 
-    async def ready(self) -> None:
-        """Wait until it serves; ``SandboxError`` if it cannot be set up. Idempotent."""
-        if self._hello:
-            return
+    async def ready(self) -> bool:
+        """Wait until it can serve the next case; False if it has ended. ``SandboxError`` if it cannot be set up."""
         try:
             async with asyncio.timeout(START_S):
                 hello = await _receive(self._socket)
+        except CellDied:
+            return False
         except TimeoutError:
             raise CellDied(f"a sandbox cell was not ready after {START_S:g} s") from None
         if "fault" in hello:
             raise SandboxError(remedy(hello["fault"], hello["errno"]))
-        self._hello = True
+        return True
 
     async def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
         """Run one encoded request in a fresh process.
 
         Raises ``SandboxError`` if the sandbox could not be set up, ``CellDied`` if it went silent.
         """
-        self.usable = False
         with boundary(SandboxError, "running a case"), ExitStack() as stack:
             files = [os.memfd_create(name) for name in ("request", "report", "output")]
             for file in files:
                 stack.callback(os.close, file)
             write_all(files[0], request)
             reply = await self._ask(limits, files)
-            self.usable = not reply.get("last", False)
             return Outcome(
                 status=reply.get("status"),
                 killed=reply.get("killed", ""),

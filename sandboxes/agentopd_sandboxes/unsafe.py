@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from agentopd.contracts import Case, CaseResult, Program, SandboxLimits
 from agentopd.errors import SandboxError, boundary
+from agentopd_sandboxes import case as inner
 from agentopd_sandboxes import wire
 from agentopd_sandboxes.protocol import Outcome, checked, checked_workers, encode_request, new_request_id, to_result
 from agentopd_sandboxes.slot import BOOT, PACKAGE, interpreter, write_all
@@ -92,6 +93,10 @@ async def _run(request: bytes, limits: SandboxLimits) -> Outcome:
             with suppress(ProcessLookupError):
                 process.kill()
             code = await process.wait()
+        if (said := os.pread(files[3], 4096, 0)) != inner.READY:
+            raise SandboxError(
+                f"the sandbox could not set up a case: {said.decode(errors='replace') or 'it did not say'}"
+            )
         return Outcome(
             status=None if killed else code << 8 if code >= 0 else -code,
             killed=killed,

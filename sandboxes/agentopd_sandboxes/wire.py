@@ -202,10 +202,10 @@ class _Decoder:
 
 def _check_keys(keys: list[Any]) -> None:
     try:
-        hashes = Counter(map(hash, keys))
+        hashes = [hash(key) for key in keys]
     except TypeError as exc:
         raise WireError("an unhashable key") from exc
-    if max(hashes.values(), default=0) > MAX_HASH_CROWD:
+    if len(hashes) > MAX_HASH_CROWD and max(Counter(hashes).values()) > MAX_HASH_CROWD:
         raise WireError("too many keys with one hash")
 
 

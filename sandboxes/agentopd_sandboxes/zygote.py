@@ -25,14 +25,14 @@ from agentopd_sandboxes.scales import Scales
 
 PARENT_POLL_MS = 1000
 
-# Imported before any case forks, so that a case pays nothing for them. The underscored ones are extension modules with
-# system libraries behind them, which cannot be loaded later because the root has no system libraries.
-_PRELOAD = """
-_bz2 _ctypes _decimal _elementtree _hashlib _lzma _sqlite3 _uuid array bisect calendar cmath collections
-collections.abc contextlib copy dataclasses datetime decimal enum fractions functools hashlib heapq inspect io
-itertools json math numbers operator pprint queue random re statistics string struct tempfile textwrap threading
-time traceback types typing unicodedata zlib
+COMMON = "bisect collections functools heapq itertools json math operator re string typing"
+_PRELOAD = f"""{COMMON}
+_bz2 _ctypes _decimal _hashlib _lzma _sqlite3 _uuid pyexpat array calendar cmath collections.abc contextlib copy
+dataclasses datetime decimal enum fractions hashlib inspect io numbers pprint queue random statistics struct tempfile
+textwrap threading time traceback types unicodedata zlib
 """
+"""Imported before any case forks, so that a case pays nothing for them. The underscored ones are extension modules with
+system libraries behind them, which cannot be loaded later because the root has no system libraries."""
 
 
 def main() -> NoReturn:
@@ -62,9 +62,9 @@ def _refuse(control: socket.socket, exc: OSError) -> NoReturn:
     os._exit(1)
 
 
-def preload() -> None:
+def preload(names: str = _PRELOAD) -> None:
     """Import what a case should not pay for."""
-    for name in _PRELOAD.split():
+    for name in names.split():
         try:
             importlib.import_module(name)
         except ImportError:
@@ -99,6 +99,7 @@ def _prepare(proc: int, two_uids: bool, libraries: dict[str, str]) -> cell.Tools
         sys.path.append(namespaces.PACKAGES)
         for name in libraries:
             importlib.import_module(name)
+    case.rehearse()
     tidy_interpreter({"HOME": namespaces.WORK, "TMPDIR": namespaces.TMP, "LANG": "C.UTF-8"})
     gc.collect()
     gc.freeze()

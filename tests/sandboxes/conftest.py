@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from agentopd_sandboxes import JailSandbox
 from agentopd_sandboxes.docker import Engine
 
 Run = Callable[..., CaseResult]
+StartPython = Callable[[str], "subprocess.Popen[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +66,20 @@ def docker_client() -> Iterator[Any]:
         pytest.skip(f"{exc} (see .ci/run for how to start one)")
     yield client
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def start_python() -> StartPython:
+    """Start a program in an interpreter of its own that finds what this one finds; its output is in one stream."""
+
+    def start(source: str) -> "subprocess.Popen[str]":
+        path = os.pathsep.join(filter(None, sys.path))
+        return subprocess.Popen(
+            [sys.executable, "-c", source],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    return start

@@ -2,12 +2,12 @@
 
 import asyncio
 import os
-import re
 import resource
 import signal
 import socket
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from agentopd_sandboxes import JailSandbox
 from agentopd_sandboxes.docker import DockerSandbox
 from agentopd_verifiers.code import CodeVerifier
 
+StartPython = Callable[[str], "subprocess.Popen[str]"]
+HERE = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
 SOURCE = "import time\ndef f(x):\n    time.sleep(0.2)\n    return x + 1\n"
 TASK = Task(
     id="t",
@@ -51,23 +53,39 @@ async def verdict(sandbox: Sandbox, note: str = "") -> Verdict:
     return await judge(TASK, episode(f"{SOURCE}# {note}\n"), CodeVerifier(), sandbox)
 
 
-def children() -> set[int]:
-    found = set()
-    for task in Path("/proc/self/task").iterdir():
-        found |= set(map(int, (task / "children").read_text().split()))
+PARTS = {"keeper": 1, "fork server": 2, "cell": 3, "case": 4}
+"""The processes of a jail, by how far they are below the judge's."""
+
+
+def alive(part: str) -> set[int]:
+    found = {os.getpid()}
+    for _ in range(PARTS[part]):
+        found = set().union(*map(children, found))
     return found
 
 
+def children(pid: int) -> set[int]:
+    found: set[int] = set()
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found |= set(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def kill(part: str, before: set[int]) -> None:
+    for pid in alive(part) - before:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 @contextmanager
-def slaughter(before: set[int]) -> Iterator[None]:
-    """Kill every process that appears below this one, for as long as the block lasts."""
+def slaughter(part: str, before: set[int]) -> Iterator[None]:
+    """Kill every such process that appears, for as long as the block lasts."""
     stop = threading.Event()
 
     def work() -> None:
-        while not stop.wait(0.01):
-            for pid in children() - before:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        while not stop.wait(0.005):
+            kill(part, before)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -79,13 +97,13 @@ def slaughter(before: set[int]) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_workers_that_keep_being_killed_are_no_verdict_and_the_pool_heals(jail_works: None) -> None:
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "case"])
+def test_parts_that_keep_being_killed_are_no_verdict_and_the_pool_heals(jail_works: None, part: str) -> None:
     async def scenario() -> None:
-        sandbox = JailSandbox(workers=2)
-        before = children()
+        sandbox, before = JailSandbox(workers=2), alive(part)
         try:
             assert (await verdict(sandbox)).outcome == 1.0
-            with slaughter(before):
+            with slaughter(part, before):
                 fault = await verdict(sandbox, "killed")
             assert (fault.outcome, fault.reward, fault.status) == (None, None, VerdictStatus.INFRA_ERROR)
             assert (await verdict(sandbox, "healed")).outcome == 1.0
@@ -96,16 +114,16 @@ def test_workers_that_keep_being_killed_are_no_verdict_and_the_pool_heals(jail_w
 
 
 @pytest.mark.slow
-def test_one_killed_worker_costs_nothing_but_time(jail_works: None) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_one_killed_part_costs_nothing_but_time(jail_works: None, part: str) -> None:
     async def scenario() -> None:
-        sandbox = JailSandbox(workers=1)
-        before = children()
+        sandbox, before = JailSandbox(workers=1), alive(part)
         try:
             await sandbox.start()
             running = asyncio.create_task(verdict(sandbox))
             await asyncio.sleep(0.3)
-            for pid in children() - before:
-                os.kill(pid, signal.SIGKILL)
+            assert alive(part) - before
+            kill(part, before)
             assert (await running).outcome == 1.0
         finally:
             await sandbox.aclose()
@@ -139,13 +157,76 @@ def test_a_judge_out_of_space_or_descriptors_gives_no_verdict(jail_works: None) 
     asyncio.run(scenario())
 
 
-def test_no_deadline_hangs_on_the_clock_that_can_be_set() -> None:
-    package = Path(__file__).resolve().parents[2] / "sandboxes/agentopd_sandboxes"
-    settable = re.compile(r"time\.time\(|datetime|CLOCK_REALTIME")
-    used = {
-        path.name for path in package.glob("*.py") if settable.search(path.read_text().replace("datetime decimal", ""))
-    }
-    assert used == set()
+ON_A_FULL_DISK = """
+import asyncio, os, tempfile
+from test_faults import verdict
+from agentopd_sandboxes import JailSandbox, linux
+from agentopd_sandboxes.unsafe import UnsafeSandbox
+
+async def outcomes():
+    for sandbox in (JailSandbox(workers=1), UnsafeSandbox(workers=1)):
+        found = await verdict(sandbox)
+        print(sandbox.name, found.outcome, found.status.value, found.detail)
+        await sandbox.aclose()
+
+assert tempfile.gettempdir() == "/tmp"
+maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS)
+for name, text in maps.items():
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(text)
+linux.mount("tmpfs", "/tmp", "tmpfs", 0, "size=8k")
+with open("/tmp/full", "wb") as full:
+    full.write(bytes(8192))
+asyncio.run(outcomes())
+os.unlink("/tmp/full")
+asyncio.run(outcomes())
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_no_verdict_and_the_jail_needs_none(jail_works: None, start_python: StartPython) -> None:
+    with start_python(HERE + ON_A_FULL_DISK) as judge:
+        full, unsafe, *healed = judge.communicate(timeout=120)[0].splitlines()
+    assert full == "jail 1.0 ok "
+    assert unsafe.startswith("unsafe None infra_error") and "No space left" in unsafe
+    assert healed == ["jail 1.0 ok ", "unsafe 1.0 ok "]
+
+
+JUMPING = """
+import itertools, time
+time.time = lambda clock=time.time, jump=itertools.cycle((-1e9, 1e9)).__next__: clock() + jump()
+time.time_ns = lambda clock=time.time: int(clock() * 1e9)
+"""
+"""The clock is set ten years back and forth, each time somebody looks at it."""
+
+UNDER_A_JUMPING_CLOCK = """
+import asyncio
+from test_faults import verdict
+from agentopd.contracts import Case, Program, SandboxLimits
+from agentopd_sandboxes import JailSandbox, slot
+
+slot._ZYGOTE = JUMPING + slot._ZYGOTE
+
+async def scenario():
+    sandbox = JailSandbox(workers=2)
+    print((await verdict(sandbox)).outcome)
+    program = Program("import time\\ndef f(s): return time.sleep(s) or abs(time.time() - time.time()) > 1e9")
+    cases = [Case(str(s), f"f({s})") for s in (0.5, 9)]
+    results = await sandbox.run_cases(program, cases, SandboxLimits(wall_s=1.0))
+    print([(result.status.value, result.value) for result in results])
+    await sandbox.aclose()
+
+asyncio.run(scenario())
+"""
+
+
+@pytest.mark.slow
+def test_no_deadline_hangs_on_the_clock_that_can_be_set(jail_works: None, start_python: StartPython) -> None:
+    with start_python(HERE + f"JUMPING = {JUMPING!r}\nexec(JUMPING)\n" + UNDER_A_JUMPING_CLOCK) as judge:
+        first, second = judge.communicate(timeout=120)[0].splitlines()
+    assert first == "1.0"
+    assert second == "[('value', True), ('timeout', None)]"
 
 
 class Relay:

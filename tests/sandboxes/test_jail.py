@@ -20,6 +20,7 @@ from agentopd_sandboxes.remedies import remedy
 pytestmark = pytest.mark.usefixtures("jail_works")
 
 Run = Callable[..., CaseResult]
+StartPython = Callable[[str], "subprocess.Popen[str]"]
 
 
 def descendants(pid: int) -> set[int]:
@@ -238,20 +239,9 @@ asyncio.run(main())
 """
 
 
-def judge_process(source: str) -> "subprocess.Popen[str]":
-    path = os.pathsep.join(filter(None, sys.path))
-    return subprocess.Popen(
-        [sys.executable, "-c", source],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-
-
-def test_everything_dies_with_a_judge_that_is_killed() -> None:
+def test_everything_dies_with_a_judge_that_is_killed(start_python: StartPython) -> None:
     before = set(os.listdir("/tmp"))
-    with judge_process(JUDGE) as judge:
+    with start_python(JUDGE) as judge:
         assert judge.stdout is not None and judge.stdout.readline() == "ready\n"
         assert until(lambda: len(descendants(judge.pid)) >= 10), descendants(judge.pid)
         family = descendants(judge.pid)
@@ -271,14 +261,14 @@ open('/proc/self/gid_map', 'w').write(f'0 {gid} 1')
 
 
 @pytest.mark.slow
-def test_a_judge_that_has_only_one_uid_is_served_too() -> None:
+def test_a_judge_that_has_only_one_uid_is_served_too(start_python: StartPython) -> None:
     """A rootless container's root, or an ordinary user: nobody else can be mapped, so the zygote keeps its identity."""
-    with judge_process(ONLY_ONE_UID + "from agentopd_sandboxes import probe; print(sorted(probe()))") as judge:
+    with start_python(ONLY_ONE_UID + "from agentopd_sandboxes import probe; print(sorted(probe()))") as judge:
         assert "'seccomp'" in judge.communicate(timeout=60)[0]
 
 
 @pytest.mark.slow
-def test_a_kernel_that_forbids_namespaces_is_named_with_the_remedy() -> None:
+def test_a_kernel_that_forbids_namespaces_is_named_with_the_remedy(start_python: StartPython) -> None:
     attempt = """
 from agentopd.errors import SandboxError
 from agentopd_sandboxes import probe
@@ -288,7 +278,7 @@ except SandboxError as exc:
     print("refused:", exc)
 """
     forbid = "open('/proc/sys/user/max_user_namespaces', 'w').write('0')"
-    with judge_process(ONLY_ONE_UID + forbid + attempt) as judge:
+    with start_python(ONLY_ONE_UID + forbid + attempt) as judge:
         output = judge.communicate(timeout=60)[0]
     assert "refused: the namespace jail cannot start here: unshare" in output
     assert "user.max_user_namespaces=10000" in output

@@ -36,6 +36,7 @@ HONEST = {
         "import sqlite3, colorsys\ndef f(): return sqlite3.connect(':memory:').execute('select 7').fetchone()",
         (7,),
     ),
+    "a parser": ("import xml.etree.ElementTree as e\ndef f(): return e.fromstring('<a><b/></a>')[0].tag", "b"),
     "suspicious words": ("text = 'os.system exit'  # sys.exit(0)\ndef f(): return text", "os.system exit"),
     "own source": ("import inspect\ndef f(): return inspect.getsource(f)\n", "def f(): return inspect.getsource(f)\n"),
     "annotations are the program's own": ("def g(x: int): pass\ndef f(): return g.__annotations__['x'] is int", True),

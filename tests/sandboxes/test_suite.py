@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agentopd.testing import CATALOGUE, HONEST, HOSTILE, Row, check_sandbox
+from agentopd.testing import CATALOGUE, HONEST, HOSTILE, SUBMISSIONS, Row, check_sandbox
 from agentopd.testing.suite import Finding, expectation
 from agentopd_sandboxes import JailSandbox
 
@@ -46,5 +46,6 @@ def test_the_security_page_prints_the_catalogue() -> None:
     matrix = page.partition("<!-- matrix:start -->")[2].partition("<!-- matrix:end -->")[0]
     printed = [tuple(cell.strip() for cell in line.strip("|").split("|"))[:3] for line in matrix.splitlines()]
     assert [row for row in printed if row and re.match(r"[A-Z]\d", row[0])] == [
-        (row.id, row.title, expectation(row)) for row in CATALOGUE
+        *((row.id, row.title, expectation(row)) for row in CATALOGUE),
+        *((row.id, row.title, row.expected) for row in SUBMISSIONS),
     ]

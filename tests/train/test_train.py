@@ -118,8 +118,10 @@ def test_a_fixed_seed_gives_the_same_run_twice(quickstart, small):
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_was_ended_resumes_with_the_metrics_of_an_undisturbed_one(end, quickstart, small):
-    whole = run(quickstart, small("train.steps=4", name="whole"))
-    arguments = [part for override in small("train.steps=4", name="ended") for part in ("--set", override)]
+    schedule = ("train.steps=4", "train.retry_share=0.5")
+    whole = run(quickstart, small(*schedule, name="whole"))
+    assert any("repair/retry_success" in row for row in metrics(whole))
+    arguments = [part for override in small(*schedule, name="ended") for part in ("--set", override)]
     command = [sys.executable, "-m", "agentopd.cli"]
     ended = whole.parent / "ended"
     process = subprocess.Popen(
@@ -141,7 +143,11 @@ def test_a_run_that_was_ended_resumes_with_the_metrics_of_an_undisturbed_one(end
 
 
 def test_two_ranks_train_with_zero_2(quickstart, small):
-    arguments = [part for override in small("train.steps=2", "learner.zero_stage=2") for part in ("--set", override)]
+    arguments = [
+        part
+        for override in small("train.steps=2", "learner.zero_stage=2", "train.retry_share=0.5")
+        for part in ("--set", override)
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "-m", "agentopd.cli", "train", str(quickstart), "--plain", *arguments],

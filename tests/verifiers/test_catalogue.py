@@ -1,4 +1,4 @@
-"""The attack catalogue's additions for answers, tool use and patches: what each must get."""
+"""The attack catalogue's additions for tool use and patches, in the real environments; answers are in the suite."""
 
 import pytest
 
@@ -8,40 +8,7 @@ from agentopd_envs.tool_use import ToolUseEnvironment
 from agentopd_verifiers.code import CodeVerifier
 from agentopd_verifiers.diff import measure, patch_penalty
 from agentopd_verifiers.files import compare_files
-from agentopd_verifiers.math import MathVerifier
 from agentopd_verifiers.state import StateVerifier
-
-# --- answers ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    verifier = MathVerifier(workers=1)
-    yield verifier
-    verifier.close()
-
-
-@pytest.mark.parametrize(
-    ("gold", "text", "outcome"),
-    [
-        ("7", r"\boxed{What is 3 + 4? 7}", 0.0),
-        ("7", r"Let x = 7. \boxed{x}", 0.0),
-        ("7", r"\boxed{answer}", 0.0),
-        ("x>5", r"\boxed{x}", 0.0),
-        ("7", r"It is 7: \boxed{7}. Es ist 8: \boxed{8}.", 0.0),
-        ("7", r"\boxed{7 \text{ or } 8}", 0.0),
-        ("7", r"\boxed{7, 8}", 0.0),
-        ("7", r"\boxed{7} \textcolor{white}{\boxed{8}}", 0.0),
-        ("7", "\\boxed{７}", 1.0),
-        ("7", "\\boxed{\u200b7}", 1.0),
-        ("7", r"\boxed{factorial(10**9)}", 0.0),
-        ("7", r"\boxed{__import__('os').system('true')}", 0.0),
-        ("7", "\\boxed{" + "\\frac{1}{2}+" * 90_000 + "7}", 0.0),
-    ],
-)
-def test_answers(verifier, make_task, make_episode, judge, gold, text, outcome):
-    assert judge(verifier, make_task({"answer": gold}), make_episode(text)).outcome == outcome
-
 
 # --- tool use --------------------------------------------------------------------------------------------------------
 

@@ -98,14 +98,6 @@ def test_hostile_programs_score_zero(task, submit, judge, process_sandbox, progr
     assert {flag.code for flag in verdict.flags} == flags
 
 
-def test_hard_coded_answers_are_flagged_and_lose_on_the_other_cases(task, submit, judge, process_sandbox):
-    program = STARTER.replace("return x + y", "return {(211, 307): 64777}.get((x, y), x + y)")
-    verdict = judge(CodeVerifier(), task, submit(program), process_sandbox)
-    assert verdict.outcome == 0.0
-    assert [flag.code for flag in verdict.flags] == ["hardcoded"]
-    assert "64777" not in verdict.model_dump_json()
-
-
 def test_nothing_submitted(task, submit, make_episode, judge, process_sandbox):
     for episode in (submit(GOLD, submitted=False), make_episode(), submit(None)):
         verdict = judge(CodeVerifier(), task, episode, process_sandbox)
@@ -255,7 +247,8 @@ def test_a_good_edit_of_a_failed_episode_is_good(repair, process_sandbox):
 
 def test_fitting_the_case_that_was_shown_is_not_a_good_edit(repair):
     verdict, found = repair(edit("x + y", "12 if x == 3 and y == 4 else x + y"))
-    assert verdict.outcome == 0.0 and verdict.components["p"] > 0
+    assert verdict.outcome == verdict.reward == 0.0 and verdict.components["p"] > 0
+    assert verdict.components["shown_passed"] == verdict.components["shown"] == 1
     assert found == []
 
 

@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentopd_verifiers.diff import gated_reward, measure, patch_penalty, penalty
-from agentopd_verifiers.hardcode import copied_literals
 
 STARTER = '''
 def area(w, h):
@@ -207,12 +206,3 @@ def test_layout_of_any_patch_gains_nothing(extra, blank, crlf):
     text = STARTER.replace("    return w + h\n", "".join(extra) + "    return w * h\n")
     shuffled = text.replace("\n", "\n" * (blank + 1)).replace("total = 0", "total = (0);  # note")
     assert measure(STARTER, shuffled.replace("\n", "\r\n") if crlf else shuffled) == measure(STARTER, text)
-
-
-def test_copied_literals():
-    cases = [((12345, [1, 2]), "f(*args)", "expected text"), ((), "f(777)", -99)]
-    program = "def f(x):\n    return {12345: 'expected text', 777: 99, 3: 4}[x]"
-    assert copied_literals(program, [], cases) == 4
-    assert copied_literals(program, [program], cases) == 0
-    assert copied_literals("def f(x): return x + 1", [], cases) == 0
-    assert copied_literals("def f(:", [], cases) == 0

@@ -11,18 +11,18 @@ import hashlib
 import random
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, Sandbox, SandboxLimits
 from agentopd.errors import SandboxError, TaskError, boundary
 from agentopd.types import Episode, Flag, StepCertificate, Task, Verdict, VerdictStatus
-from agentopd_verifiers import hardcode
 from agentopd_verifiers.compare import COMPARATORS, matches
 from agentopd_verifiers.diff import DEFAULT_BUDGET, Patch, Penalty, gated_reward, patch_penalty, penalty
 from agentopd_verifiers.edits import MAX_EDITS, edit_steps, find_edits
 from agentopd_verifiers.files import compare_files
+from agentopd_verifiers.hardcode import Quotable, Quotes, find_quotes
 from agentopd_verifiers.judge import Finding, JudgingVerifier, PatchError, hidden_field
 from agentopd_verifiers.plain import decode_plain
 from agentopd_verifiers.steps import certify
@@ -68,7 +68,7 @@ class CodeVerifier(JudgingVerifier):
     """Outcome 1 if every hidden and public case passes; reward by ``agentopd_verifiers.diff``."""
 
     name: ClassVar[str] = "code"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_sandbox: ClassVar[bool] = True
     priced: ClassVar[bool] = True
     """Whether a large patch costs reward."""
@@ -92,9 +92,12 @@ class CodeVerifier(JudgingVerifier):
         starter, gold = str(task.hidden.get("starter", "")), task.hidden.get("gold")
         mine = await self._outcomes(task, program, tests, sandbox)
         touched = compare_files(task.public.get("files") or {}, episode.final_state.get("files"))
-        tampered = mine.tampered or bool(touched.tests)
-        passed = all(mine.passed.values()) and not tampered
-        before = None if passed or not starter else await self._outcomes(task, starter, tests, sandbox)
+        solved = all(mine.passed.values())
+        before = None if solved or not starter else await self._outcomes(task, starter, tests, sandbox)
+        quotes = find_quotes(program, [starter, gold or ""], (Quotable.of(t.case, t.expected) for t in tests))
+        copied = await self._copied(task, quotes, tests, mine, before, sandbox)
+        tampered = mine.tampered or bool(touched.tests) or bool(copied)
+        passed = solved and not tampered
         p = 1.0 if passed else progress(tests, mine, before)
         cost = patch_penalty(starter, program, gold, _budget(task), touched.lines) if starter else None
         price = cost[0].total if cost and self.priced else 0.0
@@ -103,9 +106,9 @@ class CodeVerifier(JudgingVerifier):
             outcome,
             VerdictStatus.TAMPERED if tampered else _status(mine, passed),
             reward=0.0 if tampered else gated_reward(passed, p, price),
-            components=_components(mine, outcome, p, cost, touched.lines),
+            components=_components(mine, _shown(task), outcome, p, cost, touched.lines),
             certificates=[] if tampered else await self._certificates(task, episode, tests, sandbox, passed),
-            flags=[*_flags(mine, tests, program, starter, gold), *touched.flags()],
+            flags=[*_flags(mine, quotes, copied), *touched.flags()],
             detail="" if passed else f"{sum(mine.passed.values())} of {len(tests)} cases pass",
         )
 
@@ -119,6 +122,24 @@ class CodeVerifier(JudgingVerifier):
         if not self.priced or task.hidden.get("gold") is not None or not known:
             return list(verdicts)
         return [_measured_against(min(known), v) if v.passed and COST[0] in v.components else v for v in verdicts]
+
+    async def _copied(
+        self, task: Task, quotes: Quotes, tests: list[Test], mine: Outcomes, before: Outcomes | None, sandbox: Sandbox
+    ) -> set[str]:
+        """The cases that hold only because the program quotes them; empty where that may be honest.
+
+        A right program that needs no quotation proves that one quoted case is a fit; without one it takes two, in place
+        of what the starting program did. In a failing program an answer is a fit even if no input is looked at.
+        """
+        gold, starter = task.hidden.get("gold"), task.hidden.get("starter")
+        right = {key for key, held in mine.passed.items() if held}
+        if quotes.cases & right and (gold is not None or starter):
+            blotted = await self._outcomes(task, quotes.blotted, tests, sandbox)
+            lost = {key for key, held in blotted.passed.items() if held != mine.passed[key]}
+            if lost <= quotes.cases and len(lost) >= (1 if gold is not None else 2):
+                return lost
+        fixed = {key for key in right if before is not None and not before.passed[key]}
+        return fixed if gold is not None and fixed <= quotes.answers and len(right) < len(tests) else set()
 
     async def _certificates(
         self, task: Task, episode: Episode, tests: list[Test], sandbox: Sandbox, passed: bool
@@ -134,8 +155,7 @@ class CodeVerifier(JudgingVerifier):
             if not outcomes.tampered:
                 found[source] = outcomes.passed
         ids = {test.case.id for test in tests}
-        shown = {str(row["id"]) for row in task.public.get("public_cases") or ()}
-        return certify(episode, edit_steps(episode, edits, found, ids - shown or ids))
+        return certify(episode, edit_steps(episode, edits, found, ids - _shown(task) or ids))
 
     async def _outcomes(self, task: Task, source: str, tests: list[Test], sandbox: Sandbox) -> Outcomes:
         """Cached by task and program; concurrent requests for the same pair share one run."""
@@ -283,14 +303,21 @@ def _measured_against(free: float, verdict: Verdict) -> Verdict:
     )
 
 
+def _shown(task: Task) -> set[str]:
+    """Ids of the cases that the student may see."""
+    return {str(row["id"]) for row in task.public.get("public_cases") or ()}
+
+
 def _components(
-    mine: Outcomes, outcome: float, p: float, cost: tuple[Penalty, Patch] | None, other_lines: int
+    mine: Outcomes, shown: set[str], outcome: float, p: float, cost: tuple[Penalty, Patch] | None, other_lines: int
 ) -> dict[str, float]:
     found = {
         "pass": outcome,
         "p": p,
         "cases": float(len(mine.passed)),
         "cases_passed": float(sum(mine.passed.values())),
+        "shown": float(len(shown)),
+        "shown_passed": float(sum(mine.passed[key] for key in shown)),
     }
     if cost is None:
         return found
@@ -309,8 +336,8 @@ def _components(
     }
 
 
-def _flags(mine: Outcomes, tests: list[Test], program: str, starter: str, gold: str | None) -> list[Flag]:
-    """Suspicions; hidden values are counted, never shown."""
+def _flags(mine: Outcomes, quotes: Quotes, copied: Collection[str]) -> list[Flag]:
+    """What was found out, and suspicions; hidden values are counted, never shown."""
     flags = []
     if mine.tampered:
         flags.append(Flag(code="tampered", detail="a call that cannot succeed returned a value"))
@@ -320,8 +347,8 @@ def _flags(mine: Outcomes, tests: list[Test], program: str, starter: str, gold: 
     odd = sum(status is CaseStatus.PROTOCOL for status in mine.statuses.values())
     if odd:
         flags.append(Flag(code="bad_result", detail=f"{odd} cases reported something that is not plain data"))
-    known = [(test.case.args, test.case.expression, test.expected) for test in tests]
-    copied = hardcode.copied_literals(program, [starter, gold or ""], known)
     if copied:
-        flags.append(Flag(code="hardcoded", detail=f"{copied} literals of the test cases appear only in the patch"))
+        flags.append(Flag(code="hardcoded", detail=f"{len(copied)} cases hold only because the patch quotes them"))
+    elif quotes.cases:
+        flags.append(Flag(code="quoted_cases", detail=f"the patch quotes {len(quotes.cases)} cases"))
     return flags

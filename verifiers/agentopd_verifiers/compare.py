@@ -38,50 +38,50 @@ def matches(expected: Any, value: Any, compare: str = "eq", tolerance: float | N
         raise TaskError(f"tolerance {tolerance} must be at least 0")
     try:
         return COMPARATORS[compare](expected, value, allowed)
-    except (_NotPlain, RecursionError, OverflowError):
+    except (NotPlainError, RecursionError, OverflowError):
         return False
 
 
-class _NotPlain(Exception):
+class NotPlainError(Exception):
     """A value holds something other than exact built-in types."""
 
 
-def _canonical(value: Any, typed: bool = False, sequences: bool = False) -> Hashable:
+def canonical(value: Any, typed: bool = False, sequences: bool = False) -> Hashable:
     """A hashable stand-in for a plain value; two values are equal exactly when their stand-ins are."""
     kind = type(value)
     if kind not in _PLAIN:
-        raise _NotPlain(kind.__name__)
+        raise NotPlainError(kind.__name__)
     if kind in (int, float):
         number: Hashable = "nan" if kind is float and math.isnan(value) else value
         return (kind.__name__ if typed else "number", number)
     if kind in (list, tuple):
         name = "sequence" if sequences else kind.__name__
-        return (name, tuple(_canonical(item, typed, sequences) for item in value))
+        return (name, tuple(canonical(item, typed, sequences) for item in value))
     if kind in (set, frozenset):
         name = kind.__name__ if typed else "set"
-        return (name, frozenset(_canonical(item, typed, sequences) for item in value))
+        return (name, frozenset(canonical(item, typed, sequences) for item in value))
     if kind is dict:
-        pairs = ((_canonical(key, typed, sequences), _canonical(item, typed, sequences)) for key, item in value.items())
+        pairs = ((canonical(key, typed, sequences), canonical(item, typed, sequences)) for key, item in value.items())
         return ("dict", frozenset(pairs))
     return (kind.__name__, value)
 
 
 def _eq(expected: Any, value: Any, _: float) -> bool:
-    return _canonical(expected) == _canonical(value)
+    return canonical(expected) == canonical(value)
 
 
 def _strict(expected: Any, value: Any, _: float) -> bool:
-    return _canonical(expected, typed=True) == _canonical(value, typed=True)
+    return canonical(expected, typed=True) == canonical(value, typed=True)
 
 
 def _tuples_eq(expected: Any, value: Any, _: float) -> bool:
-    return _canonical(expected, sequences=True) == _canonical(value, sequences=True)
+    return canonical(expected, sequences=True) == canonical(value, sequences=True)
 
 
 def _list_eq(expected: Any, value: Any, _: float) -> bool:
     if type(expected) not in _ORDERED or type(value) not in _ORDERED:
         return False
-    return _canonical(list(expected)) == _canonical(list(value))
+    return canonical(list(expected)) == canonical(list(value))
 
 
 def _set(expected: Any, value: Any, _: float) -> bool:
@@ -90,8 +90,8 @@ def _set(expected: Any, value: Any, _: float) -> bool:
 
 def _members(value: Any) -> frozenset[Hashable]:
     if type(value) not in (list, tuple, set, frozenset):
-        raise _NotPlain(type(value).__name__)
-    return frozenset(_canonical(item) for item in value)
+        raise NotPlainError(type(value).__name__)
+    return frozenset(canonical(item) for item in value)
 
 
 def _approx(expected: Any, value: Any, tolerance: float) -> bool:
@@ -104,10 +104,10 @@ def _approx(expected: Any, value: Any, tolerance: float) -> bool:
         pairs = zip(expected, value, strict=False)
         return len(expected) == len(value) and all(_approx(a, b, tolerance) for a, b in pairs)
     if kinds == {dict}:
-        if {_canonical(key) for key in expected} != {_canonical(key) for key in value}:
+        if {canonical(key) for key in expected} != {canonical(key) for key in value}:
             return False
-        found = {_canonical(key): item for key, item in value.items()}
-        return all(_approx(item, found[_canonical(key)], tolerance) for key, item in expected.items())
+        found = {canonical(key): item for key, item in value.items()}
+        return all(_approx(item, found[canonical(key)], tolerance) for key, item in expected.items())
     return _eq(expected, value, tolerance)
 
 

@@ -1,53 +1,139 @@
-"""Literals of the test cases that a patch introduced: a sign of hard-coded answers. A diagnostic, never a verdict."""
+"""Cases that a patch answers from literals it copied instead of computing: hard-coded outputs.
+
+A patch *quotes* a case if literals that it brought are the case's answer and, in a place where the program asks which
+input it got (a comparison for equality, a table, a pattern), one of its inputs. Literals of the starting or the right
+program are not brought, and neither are those that honest code is full of. A quotation may still be honest, so it is
+put to the test: ``blotted`` is the program with the quoted inputs made unrecognisable. Cases that are right in the one
+and wrong in the other, while every case that is not quoted stays as it was, were answered by recognising them.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-_SMALL = 10
-"""Integers up to this size occur in honest code for many reasons."""
+from agentopd.contracts import Case
+from agentopd_verifiers.compare import NotPlainError, canonical
+
+_BLOT = "\0blotted"
+_COMMON: tuple[Any, ...] = (None, True, False, 0, 1, -1, 2, [], {}, set())
+_NOT_A_LITERAL = (ValueError, TypeError, SyntaxError, NotPlainError, RecursionError, MemoryError)
 
 
-def copied_literals(program: str, honest: Sequence[str], cases: Iterable[Any]) -> int:
-    """How many distinct telling literals of ``cases`` are in ``program`` but in none of the ``honest`` programs.
+@dataclass(frozen=True)
+class Quotable:
+    """What of a case a program could quote."""
 
-    ``cases`` may nest plain data; strings that parse as Python also count by the literals in them.
-    """
-    added = _source_literals(program) - set[Any]().union(*map(_source_literals, honest))
-    if not added:
-        return 0
-    known: set[Any] = set()
-    for case in cases:
-        known |= _data_literals(case)
-    return len(added & known)
+    id: str
+    inputs: frozenset[Hashable]
+    answer: Hashable
+
+    @classmethod
+    def of(cls, case: Case, expected: Any) -> Quotable:
+        """Its arguments, bound or written out in its expression, one by one and together."""
+        calls = [list(case.args)]
+        with suppress(*_NOT_A_LITERAL):
+            for node in ast.walk(ast.parse(case.expression.strip(), mode="eval")):
+                if isinstance(node, ast.Call):
+                    written = [*node.args, *(keyword.value for keyword in node.keywords)]
+                    calls.append([value for _, value in _evaluated(written)])
+        keys = (_key(value) for call in calls for value in (*call, call))
+        return cls(case.id, frozenset(key for key in keys if key is not None), _key(expected))
 
 
-def _source_literals(source: str) -> set[Any]:
+@dataclass(frozen=True)
+class Quotes:
+    """What a program quotes, by ids of cases."""
+
+    cases: frozenset[str]
+    answers: frozenset[str]
+    """Cases whose answer alone is among the literals it brought."""
+    blotted: str
+
+
+def find_quotes(program: str, honest: Iterable[str], cases: Iterable[Quotable]) -> Quotes:
+    """The cases that ``program`` quotes, and the program without them; nothing where it does not parse."""
+    tree = _parse(program)
+    brought = _literals(tree) - set[Hashable]().union(*(_literals(_parse(source)) for source in honest))
+    asked = [(node, key) for node, value in _evaluated(_asked(tree)) if (key := _key(value)) in brought]
+    recognised = {key for _, key in asked}
+    answered = [case for case in cases if case.answer in brought] if brought else []
+    quoted = [case for case in answered if case.inputs & recognised]
+    inputs = set[Hashable]().union(*(case.inputs for case in quoted))
+    return Quotes(
+        cases=frozenset(case.id for case in quoted),
+        answers=frozenset(case.id for case in answered),
+        blotted=_blot(tree, [node for node, key in asked if key in inputs]) if quoted else program,
+    )
+
+
+def _blot(tree: ast.Module, nodes: Iterable[ast.AST]) -> str:
+    """The program with those nodes replaced; one that is nested too deeply to be written out is blotted as a whole."""
     try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return set()
-    values = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return {_key(value) for value in values if _telling(value)}
+        return ast.unparse(ast.fix_missing_locations(_Blotter(nodes).visit(tree)))
+    except RecursionError:
+        return ""
 
 
-def _data_literals(value: Any) -> set[Any]:
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return set[Any]().union(*map(_data_literals, value))
-    inside = _source_literals(value) if isinstance(value, str) else set()
-    return inside | ({_key(value)} if _telling(value) else set())
+def _parse(source: str) -> ast.Module:
+    with suppress(*_NOT_A_LITERAL):
+        return ast.parse(source)
+    return ast.Module([], [])
 
 
-def _key(value: Any) -> tuple[str, Any]:
-    """Negative numbers appear in source as a sign and a positive literal."""
-    return (type(value).__name__, abs(value) if isinstance(value, int | float) else value)
+def _literals(tree: ast.Module) -> set[Hashable]:
+    """Every literal that could tell a case apart, collections as a whole and by their members."""
+    keys = {_key(value) for _, value in _evaluated(ast.walk(tree))}
+    return keys - {None}
 
 
-def _telling(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float | str | bytes):
-        return False
-    return len(value) > 2 if isinstance(value, str | bytes) else abs(value) > _SMALL
+def _evaluated(nodes: Iterable[ast.AST]) -> Iterator[tuple[ast.AST, Any]]:
+    """The nodes that are literals, with their values."""
+    for node in nodes:
+        if isinstance(node, ast.Constant | ast.UnaryOp | ast.List | ast.Tuple | ast.Set | ast.Dict):
+            with suppress(*_NOT_A_LITERAL):
+                yield node, ast.literal_eval(node)
+
+
+def _asked(tree: ast.Module) -> Iterator[ast.AST]:
+    """Where a program says which value it looks for."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Compare(left=left, ops=ops, comparators=others):
+                operands = zip(ops, (left, *others), others, strict=False)
+                yield from (side for op, *sides in operands if isinstance(op, ast.Eq | ast.NotEq) for side in sides)
+            case ast.List(elts=members) | ast.Tuple(elts=members) | ast.Set(elts=members):
+                yield from members
+            case ast.Dict(keys=keys):
+                yield from filter(None, keys)
+            case ast.MatchValue(value=value):
+                yield value
+            case ast.Subscript(slice=index, ctx=ast.Store()):
+                yield index
+
+
+class _Blotter(ast.NodeTransformer):
+    """Puts something that no case holds in the place of some nodes."""
+
+    def __init__(self, nodes: Iterable[ast.AST]) -> None:
+        self.nodes = {id(node) for node in nodes}
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        """Replace a chosen node, and look into any other."""
+        return ast.Constant(_BLOT) if id(node) in self.nodes else super().visit(node)
+
+
+def _key(value: Any) -> Hashable:
+    """A stand-in under which equal values are equal, list and tuple alike; None for what could be in any program."""
+    try:
+        key = canonical(value, sequences=True)
+    except (NotPlainError, RecursionError):
+        return None
+    common = key in _COMMON_KEYS or (isinstance(value, str | bytes) and len(value) < 2)
+    return None if common else key
+
+
+_COMMON_KEYS = {canonical(value, sequences=True) for value in _COMMON}
