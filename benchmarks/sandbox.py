@@ -88,7 +88,8 @@ async def milliseconds(verdict: Verdict) -> float:
 
 
 async def throughput(verdict: Verdict, workers: int, seconds: float) -> float:
-    """Verdicts per second with as many at once as there are workers."""
+    """Verdicts per second with as many at once as there are workers, once what was made ahead of demand is used up."""
+    await asyncio.gather(*(verdict() for _ in range(workers)))
     started, done = time.perf_counter(), 0
 
     async def loop() -> None:
@@ -124,6 +125,7 @@ async def growth(sandbox: Sandbox, verdicts: int) -> dict[str, float]:
     for index in range(10):
         before, _ = used()
         times = [await milliseconds(verdict) for _ in range(tenth)]
+        await asyncio.sleep(0.2)  # what is on its way out is not memory that grows
         cpu, memory = used()
         rows.append((statistics.median(times), (cpu - before) * 1000 / tenth, memory))
         print(f"{(index + 1) * tenth:>7} verdicts  {rows[-1][0]:6.2f} ms  {rows[-1][1]:6.2f} ms CPU  {memory:7.1f} MiB")

@@ -197,7 +197,8 @@ async def leaks(stage: Stage) -> str:
         for text in (task.privileged.hint, task.privileged.solution):
             if len(text) >= _TELLING and text in prompt:
                 raise Failed(f"task {task.id!r}: the prompt holds privileged text {text[:40]!r}")
-        known = prompt + json.dumps(task.public, ensure_ascii=False)
+        names = [tool.name for tool in stage.skill.env.tool_schemas(task.student_view())]
+        known = prompt + json.dumps([task.public, names], ensure_ascii=False)
         secrets = [text for text in leaves(task.hidden) if len(text) >= _TELLING and text not in known]
         turns = random_turns(stage.skill.env, task, random.Random(f"{task.id}/leaks"))
         for played in await stage.play_all([(task, NOOP), (task, turns)]):

@@ -83,13 +83,14 @@ def tools_of(cls: type) -> dict[str, Tool]:
     for base in reversed(cls.__mro__):
         for name, method in vars(base).items():
             if hasattr(method, _MARK):
-                found[name] = _build(name, method)
+                found[name] = build_tool(name, method)
             elif name in found:
                 del found[name]
     return found
 
 
-def _build(name: str, method: Callable[..., Any]) -> Tool:
+def build_tool(name: str, method: Callable[..., Any]) -> Tool:
+    """The tool of a method marked ``@tool``, whose first parameter is left out. Raises ``TypeError`` without hints."""
     description, notes = _parse_docstring(inspect.getdoc(method) or "")
     hints = get_type_hints(method, include_extras=True)
     fields: dict[str, Any] = {}

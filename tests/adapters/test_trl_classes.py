@@ -1,13 +1,10 @@
 """Environment classes in TRL's style, ours exported and one written by hand, played as environments."""
 
-import asyncio
-
 import pytest
 
 from agentopd.errors import ConfigError
 from agentopd.types import Message, Task
 from agentopd_envs import tool_turn
-from agentopd_envs.adapters.messages import MessageEpisode
 from agentopd_envs.adapters.trl import to_trl
 from agentopd_envs.adapters.trl_classes import from_trl
 
@@ -35,22 +32,10 @@ class Counter:
         return float(self.total == self.goal)
 
 
-def play(env, task, turns):
-    async def run():
-        episode = MessageEpisode(env, task)
-        seen = list(await episode.open())
-        for turn in turns:
-            if not episode.done:
-                seen += await episode.act(turn.content, turn.tool_calls)
-        return seen, await episode.verdict()
-
-    return asyncio.run(run())
-
-
 DONE = Message(role="assistant", content="Done.")
 
 
-def test_a_class_in_trls_style_is_an_environment():
+def test_a_class_in_trls_style_is_an_environment(play):
     env = from_trl(Counter, [{"prompt": f"Task {n}.", "goal": n} for n in range(3, 40)], "counter")
     tasks = {split: list(env.load_tasks(split, "micro", None, 0)) for split in ("train", "eval", "retention")}
     assert sum(map(len, tasks.values())) == 37 and all(tasks.values())
@@ -65,7 +50,7 @@ def test_a_class_in_trls_style_is_an_environment():
 
 
 @pytest.mark.parametrize("name", ["tool_use", "examples/my_env.py:Thermostat"])
-def test_what_was_exported_comes_back_the_same(name):
+def test_what_was_exported_comes_back_the_same(name, play):
     made, rows = to_trl(name, limit=20)
     env = from_trl(made, rows, "back")
     task = next(iter(env.load_tasks("train", "micro", 1, 0)))
@@ -77,3 +62,8 @@ def test_what_was_exported_comes_back_the_same(name):
 def test_a_class_without_a_reward_is_refused():
     with pytest.raises(ConfigError, match="no method 'get_reward'"):
         from_trl(type("Bare", (), {"reset": lambda self: None}), [], "bare")
+
+
+def test_with_gold_it_can_be_certified(certified, snippet):
+    certificate = certified(snippet("from_trl("), "Mine")
+    assert certificate.passed, certificate.findings

@@ -164,7 +164,8 @@ def test_shipped_certificates_are_current(env):
 @pytest.mark.parametrize(
     ("env", "source"),
     [("math", "gsm8k"), ("math_tools", "gsm8k"), ("code_generation", "humaneval"), ("code_generation", "mbpp"),
-     ("code_repair", "quixbugs"), ("code_repair", "humanevalfix"), ("tool_use", "bfcl"), ("bfcl_multi_turn", "bfcl")],
+     ("code_repair", "quixbugs"), ("code_repair", "humanevalfix"), ("tool_use", "bfcl"), ("bfcl_multi_turn", "bfcl"),
+     ("tau2_mock", "tau2")],
 )  # fmt: skip
 def test_shipped_certificates_of_benchmarks_are_current(env, source, data_dir):
     """If this fails, run ``make certificates`` with AGENTOPD_DATA set."""

@@ -247,7 +247,8 @@ def test_a_good_edit_of_a_failed_episode_is_good(repair, process_sandbox):
 
 def test_fitting_the_case_that_was_shown_is_not_a_good_edit(repair):
     verdict, found = repair(edit("x + y", "12 if x == 3 and y == 4 else x + y"))
-    assert verdict.outcome == 0.0 and verdict.components["p"] > 0
+    assert verdict.outcome == verdict.reward == 0.0 and verdict.components["p"] > 0
+    assert verdict.components["shown_passed"] == verdict.components["shown"] == 1
     assert found == []
 
 

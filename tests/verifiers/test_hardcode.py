@@ -197,6 +197,13 @@ def test_every_table_is_taken_for_one(verdict, inputs, kind):
     assert verdict(tables(inputs)[kind], cases(inputs, wanted), gold=GOLD).reward == 0.0
 
 
+@pytest.mark.parametrize(
+    "deep", ["x = " + "+".join(["1"] * 3000), "x = " + "-" * 3000 + "1", "x = " + "(" * 150 + ")" * 150]
+)
+def test_nesting_hides_no_table(verdict, deep):
+    assert verdict(f"{TABLES['table']}\n{deep}\n", gold=GOLD).reward == 0.0
+
+
 @given(st.text(max_size=60))
 def test_any_text_can_be_read(text):
     found = find_quotes(text, [text], [Quotable("a", frozenset({("number", 7)}), ("number", 9))])

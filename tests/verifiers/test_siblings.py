@@ -62,7 +62,7 @@ def test_size_may_be_free_and_is_still_measured(task, verdicts):
     priced = task.model_copy(update={"hidden": {**task.hidden, "gold": SMALL}})
     (verdict,) = verdicts(verifier, LARGE)
     assert verdict.reward == 1.0 and verdict.components["diff_cost"] == 14.0
-    assert verifier.compare(priced, [verdict]) == [verdict] and verdict.provenance["verifier"] == "code_any_size@1"
+    assert verifier.compare(priced, [verdict]) == [verdict] and verdict.provenance["verifier"] == "code_any_size@2"
 
 
 def test_groups_are_compared_apart(task, verdicts, make_episode):

@@ -68,7 +68,7 @@ class CodeVerifier(JudgingVerifier):
     """Outcome 1 if every hidden and public case passes; reward by ``agentopd_verifiers.diff``."""
 
     name: ClassVar[str] = "code"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_sandbox: ClassVar[bool] = True
     priced: ClassVar[bool] = True
     """Whether a large patch costs reward."""
@@ -106,7 +106,7 @@ class CodeVerifier(JudgingVerifier):
             outcome,
             VerdictStatus.TAMPERED if tampered else _status(mine, passed),
             reward=0.0 if tampered else gated_reward(passed, p, price),
-            components=_components(mine, outcome, p, cost, touched.lines),
+            components=_components(mine, _shown(task), outcome, p, cost, touched.lines),
             certificates=[] if tampered else await self._certificates(task, episode, tests, sandbox, passed),
             flags=[*_flags(mine, quotes, copied), *touched.flags()],
             detail="" if passed else f"{sum(mine.passed.values())} of {len(tests)} cases pass",
@@ -155,8 +155,7 @@ class CodeVerifier(JudgingVerifier):
             if not outcomes.tampered:
                 found[source] = outcomes.passed
         ids = {test.case.id for test in tests}
-        shown = {str(row["id"]) for row in task.public.get("public_cases") or ()}
-        return certify(episode, edit_steps(episode, edits, found, ids - shown or ids))
+        return certify(episode, edit_steps(episode, edits, found, ids - _shown(task) or ids))
 
     async def _outcomes(self, task: Task, source: str, tests: list[Test], sandbox: Sandbox) -> Outcomes:
         """Cached by task and program; concurrent requests for the same pair share one run."""
@@ -304,14 +303,21 @@ def _measured_against(free: float, verdict: Verdict) -> Verdict:
     )
 
 
+def _shown(task: Task) -> set[str]:
+    """Ids of the cases that the student may see."""
+    return {str(row["id"]) for row in task.public.get("public_cases") or ()}
+
+
 def _components(
-    mine: Outcomes, outcome: float, p: float, cost: tuple[Penalty, Patch] | None, other_lines: int
+    mine: Outcomes, shown: set[str], outcome: float, p: float, cost: tuple[Penalty, Patch] | None, other_lines: int
 ) -> dict[str, float]:
     found = {
         "pass": outcome,
         "p": p,
         "cases": float(len(mine.passed)),
         "cases_passed": float(sum(mine.passed.values())),
+        "shown": float(len(shown)),
+        "shown_passed": float(sum(mine.passed[key] for key in shown)),
     }
     if cost is None:
         return found

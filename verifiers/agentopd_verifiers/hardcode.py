@@ -63,12 +63,19 @@ def find_quotes(program: str, honest: Iterable[str], cases: Iterable[Quotable]) 
     answered = [case for case in cases if case.answer in brought] if brought else []
     quoted = [case for case in answered if case.inputs & recognised]
     inputs = set[Hashable]().union(*(case.inputs for case in quoted))
-    blotter = _Blotter(node for node, key in asked if key in inputs)
     return Quotes(
         cases=frozenset(case.id for case in quoted),
         answers=frozenset(case.id for case in answered),
-        blotted=ast.unparse(ast.fix_missing_locations(blotter.visit(tree))) if quoted else program,
+        blotted=_blot(tree, [node for node, key in asked if key in inputs]) if quoted else program,
     )
+
+
+def _blot(tree: ast.Module, nodes: Iterable[ast.AST]) -> str:
+    """The program with those nodes replaced; one that is nested too deeply to be written out is blotted as a whole."""
+    try:
+        return ast.unparse(ast.fix_missing_locations(_Blotter(nodes).visit(tree)))
+    except RecursionError:
+        return ""
 
 
 def _parse(source: str) -> ast.Module:

@@ -1,7 +1,6 @@
 """Environment classes in TRL's style as environments: ``reset``, public methods as tools, ``get_reward``.
 
-The instance owns the reward, so the verdict is what it says, and it has to lie in [0, 1]. What a tool raises is shown
-to the student, as TRL does. No gold trajectory is known, so such an environment cannot be certified.
+The instance owns the reward, and what a tool raises is shown to the student, as TRL does.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from agentopd.contracts import AssistantTurn, EpisodeContext, StepResult
-from agentopd.errors import ConfigError, EnvironmentFault, InfraError, ToolError, boundary
-from agentopd.types import JSON, Episode, Message, Source, Split, Task
+from agentopd.errors import ConfigError, EnvironmentFault, ToolError, boundary
+from agentopd.types import JSON, Message, Split, Task
+from agentopd_envs.adapters.foreign import ForeignEnvironment, Gold, adapted, by_content
 from agentopd_envs.authoring import ToolEnvironment
-from agentopd_envs.splits import split_of
 from agentopd_envs.tools import tool
 
 
-def from_trl(cls: type, rows: Sequence[JSON], name: str) -> type[ToolEnvironment]:
+def from_trl(cls: type, rows: Sequence[JSON], name: str, gold: Gold | None = None) -> type[ToolEnvironment]:
     """An environment of a TRL-style class, with a task for each row of its data set.
 
     A row holds ``prompt`` (a text or messages) and whatever else ``reset`` takes; ``None`` for an environment that
@@ -31,38 +30,22 @@ def from_trl(cls: type, rows: Sequence[JSON], name: str) -> type[ToolEnvironment
             raise ConfigError(f"{cls.__qualname__} has no method {needed!r}, which an environment in TRL's style needs")
     tools = [key for key in methods if not key.startswith("_") and key not in ("reset", "get_reward")]
     members: JSON = {key: tool(mutates=True)(_tool(methods[key])) for key in tools}
-    made = {**members, "name": name, "_factory": cls, "_rows": tuple(rows), "__module__": cls.__module__}
-    return type(f"{cls.__name__}FromTRL", (_FromTRL,), made)
+    return adapted(_FromTRL, name, cls, gold, _factory=cls, _data=tuple(rows), **members)
 
 
-class _FromTRL(ToolEnvironment):
+class _FromTRL(ForeignEnvironment, ToolEnvironment):
     _factory: ClassVar[type]
-    _rows: ClassVar[tuple[JSON, ...]]
-    _reward: float | None
+    _data: ClassVar[tuple[JSON, ...]]
 
     @classmethod
-    def load_tasks(cls, split: Split, source: str, limit: int | None, seed: int) -> Iterator[Task]:
-        """The rows of a split, in their order."""
-        found = 0
-        for index, row in enumerate(cls._rows):
-            if found != limit and split_of(row) == split:
-                found += 1
-                yield cls._task(row, split, seed, index)
+    def _rows(cls, split: Split) -> Iterator[tuple[int, JSON]]:
+        return by_content(cls._data, split, lambda row: row)
 
     @classmethod
-    def _task(cls, row: JSON, split: Split, seed: int, index: int) -> Task:
+    def _task(cls, index: int, row: JSON) -> Task:
         said = row.get("prompt") or ""
         prompt = [{"role": "user", "content": said}] if isinstance(said, str) else said
-        return Task(
-            id=f"{cls.name}/{index}",
-            env=cls.name,
-            split=split,
-            prompt=tuple(Message.model_validate(message) for message in prompt),
-            public={"row": row},
-            limits=cls.limits,
-            seed=seed,
-            source=Source(dataset=cls.name, row=str(index)),
-        )
+        return cls._asking((Message.model_validate(message) for message in prompt), {"row": row})
 
     async def reset(self, task: Task, ctx: EpisodeContext) -> tuple[Message, ...]:
         """A new instance; what its ``reset`` returns follows the last message."""
@@ -80,22 +63,6 @@ class _FromTRL(ToolEnvironment):
             with boundary(EnvironmentFault, f"{self.name}: get_reward"):
                 self._reward = float(await _awaited(self._theirs.get_reward()))
         return result
-
-    def setup(self) -> None:
-        """No reward yet."""
-        self._reward = None
-
-    def state(self) -> JSON:
-        """The reward, None before the end."""
-        return {"reward": self._reward}
-
-    @staticmethod
-    def score(task: Task, episode: Episode) -> float:
-        """What the instance says; an episode that a token limit cut off has no say and is worth 0."""
-        reward = episode.final_state.get("reward")
-        if reward is None and not episode.stop_reason.truncated and episode.turns:
-            raise InfraError("the environment was not asked for its reward")
-        return float(reward or 0.0)
 
 
 def _tool(method: Callable[..., Any]) -> Callable[..., Any]:
