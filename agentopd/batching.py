@@ -1,7 +1,8 @@
 """Scored episodes into the one tensor record: who takes part in which component, and with what weight.
 
 A fault is never a score. An episode that its environment broke, or that has no teacher evidence where one is needed,
-leaves the batch; an unknown verdict leaves the verifier's term and is neutral to the router.
+leaves the batch, and so does one that cannot be trained on, with the reason; an unknown verdict leaves the verifier's
+term and is neutral to the router.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from agentopd.config.objective import Blocks
 from agentopd.config.objective_blocks import AbsoluteAdvantage, CandidatesPG, GroupAdvantage, RubricAdvantage
 from agentopd.config.objective_data import TeacherForwardKL
 from agentopd.contracts import Evidence, ScoredEpisode
-from agentopd.errors import ConfigError, TeacherError
+from agentopd.errors import ConfigError, InfraError, TeacherError
 from agentopd.objective.advantages import absolute_advantages, group_advantages
 from agentopd.objective.candidates import candidate_table
 from agentopd.objective.masks import ClassifyTokens, TokenClasses, hidden_tail, num_kept
@@ -34,21 +35,15 @@ __all__ = ["build_batch", "mask_reasons", "reason_to_leave_out", "split_micro_ba
 
 MASKED = ("masked_special", "masked_repetition", "masked_suffix")
 COUNTERS = (
-    *("episodes", "unjudged", "env_error", "no_evidence", "truncated_dropped", "empty", "rows", "anchors", "tokens"),
+    *("episodes", "unjudged", "env_error", "no_evidence", "quarantined", "truncated_dropped", "empty"),
+    *("rows", "anchors", "tokens"),
     *MASKED,
 )
 INTEGERS = ("position_N", "turn_N", "skill_N", "segment_N")
 PARTS = ("teacher_part_N", "verifier_part_N", "anchor_part_N", "reference_part_N")
 FLAGS = ("policy_N", "special_N", "span_N", *PARTS)
-FLOATS = (
-    "rollout_logprobs_N",
-    "teacher_logprobs_N",
-    "ref_logprobs_N",
-    "overlap_N",
-    "advantage_N",
-    "sigma_N",
-    "teacher_rest_N",
-)
+LOGPROBS = ("rollout_logprobs_N", "teacher_logprobs_N", "ref_logprobs_N")
+FLOATS = (*LOGPROBS, "overlap_N", "advantage_N", "sigma_N", "teacher_rest_N")
 DTYPES = {**dict.fromkeys(INTEGERS, np.int64), **dict.fromkeys(FLAGS, np.bool_), **dict.fromkeys(FLOATS, np.float32)}
 
 Array = npt.NDArray[Any]
@@ -100,14 +95,16 @@ def build_batch(
     """The tensor record of one optimiser step.
 
     ``shares`` maps every skill of the run to its share of the loss; it must hold the same names on every rank, and a
-    prompt's whole group must be on one rank. ``all_reduce`` sums a tensor over ranks. Raises ``TeacherError`` where
-    evidence does not fit its episode, is not finite on a supervised token, or is missing altogether on all ranks.
+    prompt's whole group must be on one rank. ``all_reduce`` sums a tensor over ranks. An episode whose evidence does
+    not fit it, or is not finite on a supervised token, is left out and named in ``quarantined``. Raises
+    ``TeacherError`` where no episode of any rank is left, or evidence is missing altogether.
     """
     skills = tuple(sorted(shares))
     counts = dict.fromkeys(COUNTERS, 0)
     advantages = _advantages(scored, objective)
-    rows = []
-    for item, advantage in zip(scored, advantages, strict=True):
+    rows: dict[int, _Row] = {}
+    quarantined: dict[int, str] = {}
+    for index, (item, advantage) in enumerate(zip(scored, advantages, strict=True)):
         if item.episode.skill not in shares:
             raise ConfigError(f"episode {item.episode.id!r} has skill {item.episode.skill!r}; shares has: {skills}")
         left_out = reason_to_leave_out(item, objective)
@@ -115,17 +112,29 @@ def build_batch(
         counts["unjudged"] += item.verdict.outcome is None
         if left_out:
             counts[left_out] += 1
-        else:
-            rows.append(_row(item, objective, token_classes, advantage, skills.index(item.episode.skill)))
-    counts["rows"], counts["tokens"] = len(rows), sum(len(row.streams["position_N"]) for row in rows)
-    counts["anchors"] = sum(not row.streams["policy_N"][0] for row in rows)
-    counts |= {name: sum(row.masked.get(name, 0) for row in rows) for name in MASKED}
+            continue
+        try:
+            rows[index] = _row(item, objective, token_classes, advantage, skills.index(item.episode.skill))
+        except InfraError as exc:
+            quarantined[index] = str(exc)
+    counts |= _sizes(list(rows.values())) | {"quarantined": len(quarantined)}
     batch, parts_CN = _stack(rows, skills, pad_id)
     counts_CS = all_reduce(_skill_counts(parts_CN, batch, objective.masks.entropy_top_ratio))
     metrics = _reduced(counts, all_reduce)
+    if metrics["batch/quarantined"] and not metrics["batch/rows"]:
+        raise TeacherError(f"no episode of this batch can be trained on: {next(iter(quarantined.values()), metrics)}")
     if objective.needs_teacher and metrics["batch/episodes"] and not counts_CS[0].any():
         raise TeacherError(f"the teacher has no token to act on in this batch: {metrics}")
-    return replace(batch, **_scales(batch, parts_CN, counts_CS, shares), metrics=metrics)
+    return replace(batch, **_scales(batch, parts_CN, counts_CS, shares), metrics=metrics, quarantined=quarantined)
+
+
+def _sizes(rows: Sequence[_Row]) -> dict[str, int]:
+    return {
+        "rows": len(rows),
+        "tokens": sum(len(row.streams["position_N"]) for row in rows),
+        "anchors": sum(not row.streams["policy_N"][0] for row in rows),
+        **{name: sum(row.masked.get(name, 0) for row in rows) for name in MASKED},
+    }
 
 
 def _reduced(counts: Mapping[str, int], all_reduce: AllReduce) -> dict[str, float]:
@@ -166,7 +175,10 @@ def _row(item: ScoredEpisode, objective: Blocks, token_classes: ClassifyTokens, 
     turn_ids = np.array(episode.turn_ids)
     position = np.flatnonzero(turn_ids >= 0)
     if position[0] == 0:
-        raise ValueError(f"episode {episode.id!r} has no prompt: its first sampled token has no log-prob")
+        raise InfraError(f"episode {episode.id!r} has no prompt: its first sampled token has no log-prob")
+    rollout_logprobs = np.array([x for turn in episode.turns for x in turn.rollout_logprobs])
+    if not np.isfinite(rollout_logprobs).all():
+        raise InfraError(f"episode {episode.id!r} was sampled with a log-prob that is not finite")
     n = len(position)
     classes = [token_classes(turn.token_ids) for turn in episode.turns]
     special = np.array([flag for found in classes for flag in found.special], dtype=bool)
@@ -185,7 +197,7 @@ def _row(item: ScoredEpisode, objective: Blocks, token_classes: ClassifyTokens, 
         "turn_N": turn_ids[position],
         "skill_N": np.full(n, skill),
         "segment_N": np.full(n, -1) if segment is None else segment,
-        "rollout_logprobs_N": np.array([x for turn in episode.turns for x in turn.rollout_logprobs]),
+        "rollout_logprobs_N": rollout_logprobs,
         "teacher_logprobs_N": views.teacher,
         "ref_logprobs_N": views.ref,
         "teacher_rest_N": views.rest,
@@ -317,8 +329,9 @@ def _topk_streams(given: tuple[Array | None, Array | None], part: Array, who: st
     return np.where(used, ids, 0), kept
 
 
-def _stack(rows: Sequence[_Row], skills: tuple[str, ...], pad_id: int) -> tuple[Batch, Tensor]:
+def _stack(sources: Mapping[int, _Row], skills: tuple[str, ...], pad_id: int) -> tuple[Batch, Tensor]:
     """The batch with all scales 0, and the flags (C, N) of tokens taking part in each of the C components."""
+    rows = list(sources.values())
     lengths = [len(row.input_ids) for row in rows]
     input_ids_BT = torch.full((len(rows), max(lengths, default=0)), pad_id, dtype=torch.int64)
     for index, row in enumerate(rows):
@@ -337,6 +350,7 @@ def _stack(rows: Sequence[_Row], skills: tuple[str, ...], pad_id: int) -> tuple[
         input_ids_BT=input_ids_BT,
         lengths_B=torch.tensor(lengths, dtype=torch.int64),
         truncated_B=torch.tensor([row.truncated for row in rows], dtype=torch.bool),
+        source_B=torch.tensor(list(sources), dtype=torch.int64),
         row_N=row_N,
         target_N=input_ids_BT[row_N, stacked["position_N"]],
         teachers=teachers,

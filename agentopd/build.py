@@ -10,6 +10,7 @@ from inspect import signature
 from itertools import islice
 from typing import Any
 
+from agentopd.config.model import LoRAConfig
 from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
 from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
 from agentopd.engines import HFEngine, VLLMEngine
@@ -21,6 +22,7 @@ from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
 from agentopd.scoring import judge
 from agentopd.types import Episode, Split, Task, Verdict
+from agentopd.weights import add_lora
 
 SENTENCE_ENDS = ("\n", ".", "!", "?", ";")
 """What ends a segment of a turn, for blocks that read a turn in segments."""
@@ -193,7 +195,7 @@ class Policy:
         return replace(self, model=model, engine=engine)
 
 
-def build_policy(model_name: str, dtype: str, config: RolloutConfig) -> Policy:
+def build_policy(model_name: str, dtype: str, config: RolloutConfig, lora: LoRAConfig | None = None) -> Policy:
     """Load a student and everything it acts with. Raises ``ConfigError``."""
     tokenizer = load_tokenizer(model_name)
     codec: ToolCodec = tool_codecs.get(config.codec)()
@@ -204,6 +206,8 @@ def build_policy(model_name: str, dtype: str, config: RolloutConfig) -> Policy:
             f"model {model_name!r} has {model.get_input_embeddings().num_embeddings} embeddings but its tokenizer "
             f"{len(tokenizer)} tokens; resize the embeddings or fix the tokenizer"
         )
+    if lora is not None:
+        add_lora(model, lora)
     return Policy(model, tokenizer, codec, renderer, build_engine(model, config), config.batch_size)
 
 

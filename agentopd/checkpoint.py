@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written to a temporary name, then renamed.
+"""Checkpoints that are whole or absent: written to a temporary name, forced to disk, then renamed.
 
 ``checkpoints/step-000050/`` holds ``learner/`` (weights, optimiser, RNG) and ``state.json`` (step, mixture positions,
 replay scores). Saving is collective over ranks; the first rank writes the state and publishes the directory.
@@ -7,8 +7,11 @@ replay scores). Saving is collective over ranks; the first rank writes the state
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +19,9 @@ from typing import Any, Protocol
 from agentopd.errors import UserError
 from agentopd.learner import runtime
 from agentopd.mixture import MixtureState
+from agentopd.tracking import user_errors, write_atomic
 
+_PROBE = bytes(2**20)
 _NAME = re.compile(r"step-(\d{6})")
 
 
@@ -37,28 +42,55 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after ``step`` finished steps; keep the newest ``keep`` checkpoints. Every rank must call it.
 
-    ``kept_step`` names the checkpoint a guard would return to; it is never deleted.
+    ``kept_step`` names the checkpoint a guard would return to; it is never deleted. Raises ``StorageError`` where the
+    disk is full and ``UserError`` where it cannot be written otherwise; earlier checkpoints are then as they were.
     """
     final = root / f"step-{step:06d}"
     partial = root / f".partial-{step:06d}"
     is_main = runtime.rank() == 0
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    runtime.barrier()
-    learner.save(partial / "learner")
-    runtime.barrier()
-    if is_main:
-        (partial / "state.json").write_text(
-            json.dumps({"step": step, "mixture": asdict(mixture), "kept_step": kept_step})
-        )
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in list_checkpoints(root)[:-keep]:
-            if kept_step is None or old.name != f"step-{kept_step:06d}":
-                shutil.rmtree(old)
-    runtime.barrier()
+    with user_errors(root.parent), _all_or_nothing(partial):
+        known = final.is_dir()  # a guard's, of this very step: the learner has not moved since
+        runtime.barrier()
+        if is_main and not known:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        runtime.barrier()
+        if not known:
+            learner.save(partial / "learner")
+        runtime.barrier()
+        if is_main:
+            state = json.dumps({"step": step, "mixture": asdict(mixture), "kept_step": kept_step})
+            write_atomic((final if known else partial) / "state.json", state)
+            if not known:
+                _force_to_disk(partial)
+                partial.rename(final)
+            for old in list_checkpoints(root)[:-keep]:
+                if kept_step is None or old.name != f"step-{kept_step:06d}":
+                    shutil.rmtree(old)
+        runtime.barrier()
     return final
+
+
+@contextmanager
+def _all_or_nothing(partial: Path) -> Iterator[None]:
+    """Leave no half of a checkpoint behind, whatever ends its writing."""
+    try:
+        yield
+    except RuntimeError:
+        # torch does not say why it could not write; the file system does.
+        (partial / "probe").write_bytes(_PROBE)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _force_to_disk(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -75,9 +75,11 @@ def resume(path: Path, plain: bool) -> None:
 
 def _train(run: Run, console: Console) -> None:
     from agentopd.report import build_report
+    from agentopd.tracking import full_disk
     from agentopd.train import train
 
-    outcome = asyncio.run(train(run, console))
+    with full_disk(run.root):
+        outcome = asyncio.run(train(run, console))
     if run.directory is None:
         return
     if outcome is None:

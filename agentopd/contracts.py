@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -258,6 +259,10 @@ class Engine(Protocol):
         """Sample one continuation per request, in order."""
         ...
 
+    def updating(self) -> AbstractContextManager[object]:
+        """Hold back sampling from weights that change inside: turns under way end first, others wait."""
+        ...
+
     def sync_weights(self, version: int) -> dict[str, float]:
         """Make the learner's current weights the ones sampled from; returns what it measured on the way, by metric.
 
@@ -312,7 +317,10 @@ class Teacher(Protocol):
     """Largest K it can return; None is unbounded, 0 is sampled tokens only."""
 
     async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
-        """Evidence for each episode, in order; raises ``TeacherError`` on a fault, never a made-up number."""
+        """Evidence for each episode, in order; raises ``TeacherError`` on a fault, never a made-up number.
+
+        A log-prob that is not finite is handed on as it is: the episode is then not trained on.
+        """
         ...
 
     async def aclose(self) -> None:

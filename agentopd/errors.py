@@ -9,6 +9,7 @@
         ├── SandboxError         a sandbox could not start, or died on its own
         ├── EngineError          a rollout engine failed
         ├── TeacherError         a teacher failed or returned unusable evidence
+        ├── StorageError         the disk is full
         └── EnvironmentFault     environment code raised: the episode ends and is masked
 
 ``ToolError`` stands apart: it is a message for the student, not a failure of the program.
@@ -56,6 +57,10 @@ class EngineError(InfraError):
 
 class TeacherError(InfraError):
     """A teacher failed, or returned evidence that cannot be used (a non-finite log-prob, say)."""
+
+
+class StorageError(InfraError):
+    """The disk is full. What was written before is whole."""
 
 
 class EnvironmentFault(InfraError):

@@ -13,6 +13,7 @@ import numpy as np
 from agentopd.build import Judge, Policy, Skill, live_options
 from agentopd.config.run import EvalConfig
 from agentopd.contracts import Teacher
+from agentopd.errors import TeacherError
 from agentopd.evaluation.metrics import EvalResult, score_skill
 from agentopd.learner.runtime import gather_objects, rank, world_size
 from agentopd.rendering.codecs import ToolCodec
@@ -126,6 +127,8 @@ async def start_kl(judged: Sequence[Judged], start: Teacher) -> dict[str, dict[s
     moved: dict[tuple[str, str], list[float]] = defaultdict(list)
     for episode, evidence in zip(episodes, await start.score(episodes, 0), strict=True):
         sampled = [logprob for turn in episode.turns for logprob in turn.rollout_logprobs]
+        if not np.isfinite(evidence.teacher_logprobs).all():
+            raise TeacherError(f"the starting student gave a log-prob that is not finite on episode {episode.id!r}")
         moved[episode.skill, episode.task_id] += (np.array(sampled) - evidence.teacher_logprobs).tolist()
     by_skill: dict[str, dict[str, float]] = defaultdict(dict)
     for (skill, task), ratios in moved.items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -24,19 +24,18 @@ def inspect(
 ) -> list[KeptEpisode]:
     """``tracking.episodes_per_step`` episodes of the step about to be taken, as the learner sees them before it.
 
-    ``batch`` begins with the rows of ``scored``. Only the process with the run directory keeps any.
+    ``batch`` was built from ``scored`` and more. Only the process with the run directory keeps any.
     """
-    if run.directory is None:
-        return []
-    left_out = [reason_to_leave_out(item, blocks) for item in scored]
-    row_of = list(accumulate((not reason for reason in left_out), initial=0))
-    chosen = choose(scored, run.config.tracking.episodes_per_step)
-    rows = [row_of[index] for index in chosen if not left_out[index]]
+    num = run.config.tracking.episodes_per_step if run.directory is not None else 0
+    row_of = {source: row for row, source in enumerate(batch.source_B.tolist())}
+    sound = [index for index in range(len(scored)) if index not in batch.quarantined]
+    chosen = [sound[index] for index in choose([scored[index] for index in sound], num)]
+    rows = [row_of[index] for index in chosen if index in row_of]
     seen = iter(run.learner.inspect(batch.select_rows(rows)))
     return [
-        _kept(run, blocks, scored[index], tasks)
-        if left_out[index]
-        else _kept(run, blocks, scored[index], tasks, next(seen))
+        _kept(run, blocks, scored[index], tasks, next(seen))
+        if index in row_of
+        else _kept(run, blocks, scored[index], tasks)
         for index in chosen
     ]
 
@@ -73,19 +72,24 @@ def _kept(
         environment=config.env,
         verifier=config.verifier or "",
         tokens=tuple(decode([token], skip_special_tokens=False) for token in episode.token_ids),
-        teacher_logprobs=() if item.evidence is None else tuple(item.evidence.teacher_logprobs.tolist()),
-        **_streams(run, blocks, item, seen),
+        **{name: stream for name, stream in _streams(run, blocks, item, seen).items() if _finite(stream)},
     )
+
+
+def _finite(stream: Sequence[float | str]) -> bool:
+    return all(isinstance(value, str) or math.isfinite(value) for value in stream)
 
 
 def _streams(
     run: Run, blocks: Blocks, item: ScoredEpisode, seen: tuple[Tensor, Guidance | None] | None
 ) -> dict[str, Any]:
-    """The token streams that only the batch and the learner know."""
+    """The token streams that only teacher, batch and learner know."""
+    taught = () if item.evidence is None else tuple(item.evidence.teacher_logprobs.tolist())
+    found: dict[str, Any] = {"teacher_logprobs": taught}
     if seen is None:
-        return {"mask_reasons": (reason_to_leave_out(item, blocks),) * item.episode.num_sampled}
+        return found | {"mask_reasons": (reason_to_leave_out(item, blocks),) * item.episode.num_sampled}
     logprobs_N, guidance = seen
-    found: dict[str, Any] = {"old_logprobs": tuple(logprobs_N.tolist())}
+    found["old_logprobs"] = tuple(logprobs_N.tolist())
     if guidance is None:
         return found
     reasons = mask_reasons(item, blocks, [run.classify(turn.token_ids) for turn in item.episode.turns])

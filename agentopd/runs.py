@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from agentopd.checkpoint import latest_kept_step, load_latest, load_step, save_c
 from agentopd.config import RunConfig, dump_toml, load_run_config
 from agentopd.config.objective import Blocks
 from agentopd.config.teachers import TeacherConfig
+from agentopd.contracts import ScoredEpisode
 from agentopd.evaluate import evaluate_model, heldout_tasks, start_kl, summarise
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.learner import runtime
@@ -37,10 +38,11 @@ from agentopd.mixture import (
 from agentopd.mixture.embedding import Embed
 from agentopd.models import model_hash, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
+from agentopd.objective.streams import Batch
 from agentopd.stats import cpu_seconds, resident_mib
 from agentopd.teaching import Teachers, build_teachers
 from agentopd.trackers import Tracker, open_tracker
-from agentopd.tracking import Provenance, RunDirectory, Session, write_atomic
+from agentopd.tracking import Provenance, QuarantinedEpisode, RunDirectory, Session, user_errors, write_atomic
 from agentopd.types import Task
 
 
@@ -93,6 +95,8 @@ class Run:
     """Sentence embeddings, where replay chooses its tasks by them."""
     overlaps: Mapping[tuple[str, str], Overlap] = field(default_factory=dict)
     """Training tasks met so far that are held-out tasks in other words, by skill and task."""
+    ahead: MixtureState | None = None
+    """Where the mixture stood before prompts were drawn that are not trained on yet; None where there are none."""
     _stage: int = -1
     _cpu_logged: float = 0.0
 
@@ -134,7 +138,7 @@ class Run:
     def _build(cls, config: RunConfig, root: Path) -> Run:
         _seed_everything(config)
         skills = load_skills(config.suite)
-        policy = build_policy(config.model.student, config.model.dtype, config.rollout)
+        policy = build_policy(config.model.student, config.model.dtype, config.rollout, config.model.lora)
         judge = Judge(skills.values(), build_sandbox(config.sandbox, skills.values()))
         teachers = build_teachers(config, policy, skills, judge, root)
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
@@ -261,12 +265,16 @@ class Run:
         return result
 
     def checkpoint(self) -> None:
-        """Save everything an exact continuation needs."""
+        """Save everything an exact continuation needs. Prompts that were drawn ahead will be drawn again."""
+        mixture = self.mixture.state()
+        if self.ahead is not None:
+            at = ("positions", "credits", "replay_positions")
+            mixture = replace(mixture, **{name: getattr(self.ahead, name) for name in at})
         save_checkpoint(
             self.root / "checkpoints",
             self.step,
             self.learner,
-            self.mixture.state(),
+            mixture,
             keep=self.config.train.keep_checkpoints,
             kept_step=self.kept_step,
         )
@@ -275,7 +283,8 @@ class Run:
     def _list_overlaps(self) -> None:
         if self.directory is not None and self.overlaps:
             lines = "".join(item.model_dump_json() + "\n" for item in self.overlaps.values())
-            write_atomic(self.root / "overlaps.jsonl", lines)
+            with user_errors(self.root):
+                write_atomic(self.root / "overlaps.jsonl", lines)
 
     def roll_back(self, step: int) -> MixtureState:
         """Take back the weights and the optimiser of a checkpoint; steps, prompts and schedule go on from here.
@@ -283,15 +292,34 @@ class Run:
         Returns the mixture's state of then.
         """
         scale = self.learner.rate_scale
-        mixture = load_step(self.root / "checkpoints", step, self.learner)
-        self.learner.steps_done, self.learner.rate_scale = self.step, scale
-        self.policy.engine.sync_weights(self.step)
+        with self.policy.engine.updating():
+            mixture = load_step(self.root / "checkpoints", step, self.learner)
+            self.learner.steps_done, self.learner.rate_scale = self.step, scale
+            self.policy.engine.sync_weights(self.step)
         return mixture
 
     def record(self, action: Action) -> None:
         """Log what replay or a guard did."""
         if self.directory is not None:
             self.directory.record(action)
+
+    def quarantine(self, scored: Sequence[ScoredEpisode], batch: Batch) -> None:
+        """Keep on disk what the step just finished could not train on, from every rank."""
+        reasons = {**batch.quarantined, **self.learner.poisoned}
+        mine = [
+            QuarantinedEpisode(
+                step=self.step,
+                reason=reason,
+                episode=scored[index].episode,
+                verdict=scored[index].verdict,
+                teacher_logprobs=tuple(evidence.teacher_logprobs.tolist()) if evidence else (),
+            )
+            for index, reason in sorted(reasons.items())
+            for evidence in [scored[index].evidence]
+        ]
+        found = [item for part in runtime.gather_objects(mine) for item in part]
+        if found and self.directory is not None:
+            self.directory.quarantine(self.step, found)
 
     def export(self) -> Path:
         """Write the student as a Hugging Face directory, tokenizer included: ``<run>/model``."""

@@ -70,6 +70,15 @@ def cost_metrics(scored: Sequence[ScoredEpisode]) -> dict[str, float]:
     return {"teacher/tokens": sum(read for read, _ in pairs), "replay/tokens": sum(played for _, played in pairs)}
 
 
+def staleness_metrics(judged: Sequence[tuple[Episode, Verdict]], step: int) -> dict[str, float]:
+    """How many updates older than the weights of ``step`` those were that sampled a token: mean and most, all ranks."""
+    ages = [(step - turn.weight_version, len(turn.token_ids)) for episode, _ in judged for turn in episode.turns]
+    every = [pair for part in runtime.gather_objects(ages) for pair in part]
+    tokens = sum(size for _, size in every)
+    mean = sum(age * size for age, size in every) / tokens if tokens else 0.0
+    return {"rollout/staleness": mean, "rollout/staleness_max": max((age for age, _ in every), default=0)}
+
+
 def resident_mib() -> float:
     """Memory of this process, in MiB."""
     return float(psutil.Process().memory_info().rss) / 2**20

@@ -30,21 +30,19 @@ class Tracker(Protocol):
 
 
 class JsonlTracker:
-    """Appends one JSON object per step and flushes it, so a crash costs at most a torn last line."""
+    """Appends one JSON object per step and closes the file, so a crash costs at most a torn last line."""
 
     def __init__(self, path: Path):
-        with user_errors(path.parent):
-            self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the step; numbers that are not finite become null."""
         row = {key: float(value) if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        with user_errors(self._path.parent), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Nothing to release."""
 
 
 class TensorBoardTracker:

@@ -6,6 +6,7 @@ RUN/
   metrics.jsonl     one object per step: {"step": 3, "math/success": 0.5, ...}; null is a non-finite number
   events.jsonl      what replay and guards did: {"step": 50, "action": "raise_share", "skill": "math", ...}
   episodes/         step_000003.jsonl, one KeptEpisode a line
+  quarantine/       step_000003.jsonl, one QuarantinedEpisode a line; only where there was one
   eval/             <stage>.json, one EvalResult each
   checkpoints/      the checkpoint layer's
   report.html
@@ -13,6 +14,7 @@ RUN/
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -26,9 +28,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from agentopd.errors import UserError
+from agentopd.errors import StorageError, UserError
 from agentopd.types import Episode, Record, Task, Verdict, VersionedRecord
 
 PACKAGES = ("agentopd", "torch", "transformers", "deepspeed", "numpy", "tokenizers", "pydantic", "vllm")
@@ -78,6 +80,19 @@ class KeptEpisode(VersionedRecord):
         return self
 
 
+class QuarantinedEpisode(VersionedRecord):
+    """An episode that was left out of an update because it could not be trained on."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    step: int
+    reason: str
+    episode: Episode
+    verdict: Verdict
+    teacher_logprobs: tuple[float, ...] = ()
+    """As the teacher gave them, one per sampled token; empty where it gave none."""
+
+
 class Session(Record):
     """One process that worked on the run: when, with what command, on which software."""
 
@@ -119,6 +134,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
         self.episodes = path / "episodes"
+        self.quarantined = path / "quarantine"
         self.eval = path / "eval"
         self.checkpoints = path / "checkpoints"
         self.report = path / "report.html"
@@ -163,14 +179,14 @@ class RunDirectory:
     def resume(self, session: Session) -> None:
         """Make the files agree with a run that is at ``session.from_step``, and record the session.
 
-        Metrics, episodes and evaluations of later steps are dropped, and so is a last metrics line torn by a crash:
-        those steps will be written again.
+        Metrics, episodes (kept or quarantined) and evaluations of later steps are dropped, and so is a last metrics
+        line torn by a crash: those steps will be written again.
         """
         with user_errors(self.path):
             for log in filter(Path.is_file, (self.metrics, self.events)):
                 kept = [row for row in read_jsonl(log) if row.get("step", 0) <= session.from_step]
                 write_atomic(log, "".join(json.dumps(row) + "\n" for row in kept))
-            for step, file in self.episode_files():
+            for step, file in [*self.episode_files(), *_step_files(self.quarantined)]:
                 if step > session.from_step:
                     file.unlink()
             for file in self.eval.glob("*.json"):
@@ -199,6 +215,13 @@ class RunDirectory:
             with user_errors(self.path):
                 write_atomic(self.episodes / f"step_{step:06d}.jsonl", lines)
 
+    def quarantine(self, step: int, episodes: Sequence[QuarantinedEpisode]) -> None:
+        """Write the episodes that were left out of one step's update."""
+        with user_errors(self.path):
+            self.quarantined.mkdir(exist_ok=True)
+            lines = "".join(episode.model_dump_json() + "\n" for episode in episodes)
+            write_atomic(self.quarantined / f"step_{step:06d}.jsonl", lines)
+
     def kept_episodes(self, at_most: int | None = None) -> Iterator[KeptEpisode]:
         """Every kept episode, by step, or ``at_most`` so many, evenly spaced. Raises ``UserError`` on a bad line."""
         total = self.num_kept_episodes() if at_most is not None else 0
@@ -217,8 +240,12 @@ class RunDirectory:
 
     def episode_files(self) -> list[tuple[int, Path]]:
         """The episode files with their steps, in order."""
-        matches = ((_STEP_FILE.search(file.name), file) for file in self.episodes.glob("step_*.jsonl"))
-        return sorted((int(match[1]), file) for match, file in matches if match)
+        return _step_files(self.episodes)
+
+
+def _step_files(folder: Path) -> list[tuple[int, Path]]:
+    matches = ((_STEP_FILE.search(file.name), file) for file in folder.glob("step_*.jsonl"))
+    return sorted((int(match[1]), file) for match, file in matches if match)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -263,10 +290,28 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 @contextmanager
-def user_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to write the run directory at ``path`` into a ``UserError`` that says what to do."""
+def full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk into a ``StorageError`` that says how the run at ``path`` goes on."""
     try:
         yield
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"the disk under {str(exc.filename or path)!r} is full: free some of it; what was saved goes on with "
+            f"`agentopd resume {path}`"
+        ) from exc
+
+
+@contextmanager
+def user_errors(path: Path) -> Iterator[None]:
+    """Turn a failure to write the run directory at ``path`` into an error that says what to do.
+
+    ``StorageError`` for a full disk, ``UserError`` for anything else.
+    """
+    try:
+        with full_disk(path):
+            yield
     except OSError as exc:
         reason = exc.strerror or exc
         raise UserError(

@@ -14,18 +14,20 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 
 from agentopd.batching import build_batch
-from agentopd.collect import collect, collect_beside, store_rollouts, tried_and_solved
+from agentopd.collect import store_rollouts, tried_and_solved
 from agentopd.contracts import Evidence, ScoredEpisode
 from agentopd.dashboard import Seen, watching
 from agentopd.evaluate import Judged
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.inspection import inspect
 from agentopd.learner import runtime
+from agentopd.objective.streams import Batch
+from agentopd.pipeline import Collected, Rollouts, apart
 from agentopd.reaction import react
 from agentopd.rubrics import reward
 from agentopd.runs import Clock, Run
 from agentopd.scoring import add_candidates, add_reference, assemble, gather_evidence
-from agentopd.stats import cost_metrics, step_metrics
+from agentopd.stats import cost_metrics, staleness_metrics, step_metrics
 from agentopd.teachers.local import top_ids
 from agentopd.types import Task
 
@@ -44,7 +46,7 @@ async def train(run: Run, console: Console) -> Outcome | None:
 
     After SIGTERM the step under way is finished and saved, and there is no outcome.
     """
-    schedule = run.config.train
+    schedule, rollouts = run.config.train, Rollouts(run)
     try:
         await run.open()
         if "base" not in run.evals:
@@ -54,7 +56,7 @@ async def train(run: Run, console: Console) -> Outcome | None:
         await store_rollouts(run)
         with _told_to_stop() as told, watching(console, schedule.steps, run.step, tuple(run.skills)) as show:
             while run.step < schedule.steps:
-                show(await train_step(run))
+                show(await train_step(run, await rollouts.take()))
                 if await _evaluated(run):
                     react(run)
                 # The signal reaches the ranks of a launched job between different steps.
@@ -67,6 +69,7 @@ async def train(run: Run, console: Console) -> Outcome | None:
         run.export()
         return Outcome(run.evals["base"], after, run.evals.get("teacher"))
     finally:
+        await rollouts.aclose()
         await run.aclose()
 
 
@@ -84,43 +87,46 @@ def _told_to_stop() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-async def train_step(run: Run) -> Seen:
-    """One step of design: draw, act, judge, score, update, log. Returns what there is to see of it."""
-    clock, blocks = Clock(), run.blocks
-    run.enter_stage()
-    drawn = run.mixture.draw(run.config.train.prompts_per_step)
-    shares, tasks = run.mixture.shares(), {item.task.hash: item.task for item in drawn}
-    with clock.phase("rollout"):
-        mine = drawn[runtime.rank() :: runtime.world_size()]
-        own, others = await collect(run, mine)
-        beside = await collect_beside(run, mine, own)
-        judged = [*own, *others]
-        verdicts = run.judge.compare(judged, tasks)
-        judged = [(episode, verdict) for (episode, _), verdict in zip(judged, verdicts, strict=True)]
-        for tried, solved in runtime.gather_objects(tried_and_solved(own)):
-            run.mixture.record(drawn, tried, solved)
-    run.policy.engine.sleep()
+async def train_step(run: Run, collected: Collected) -> Seen:
+    """Judge against one another, score, update, log. Returns what there is to see of the step."""
+    clock, blocks, shares, tasks = collected.clock, run.blocks, collected.shares, collected.tasks
+    judged = [*collected.own, *collected.others]
+    verdicts = run.judge.compare(judged, tasks)
+    judged = [(episode, verdict) for (episode, _), verdict in zip(judged, verdicts, strict=True)]
+    for tried, solved in runtime.gather_objects(tried_and_solved(collected.own)):
+        run.mixture.record(collected.drawn, tried, solved)
+    if not run.config.train.max_staleness:
+        run.policy.engine.sleep()
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)
-        scored, anchors = await score(run, rewarded, tasks), await score(run, beside, tasks, anchor=True)
+        scored = await apart(run, score(run, rewarded, tasks))
+        anchors = await apart(run, score(run, collected.beside, tasks, anchor=True))
     shown = [replace(item, verdict=verdict) for item, (_, verdict) in zip(scored, judged, strict=True)]
     with clock.phase("learner"):
         both = [*scored, *anchors]
         batch = build_batch(both, blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
-        kept = inspect(run, blocks, shown, batch, {item.task.id: item.task for item in drawn})
-        learned = run.learner.step(batch)
-    acting = others if blocks.source.kind in ("gold", "teacher") else own
-    again = {item.task.hash for item in drawn if item.again}
+        kept = inspect(run, blocks, shown, batch, {task.id: task for task in tasks.values()})
+    acting = collected.others if blocks.source.kind in ("gold", "teacher") else collected.own
+    again = {item.task.hash for item in collected.drawn if item.again}
     replayed = {f"replay/share/{name}": shares[name] for name in sorted(run.old_skills)}
-    run.step += 1
-    with clock.phase("sync"):
-        synced = run.policy.engine.sync_weights(run.step)
-    measured = step_metrics(acting, again) | cost_metrics(scored)
-    metrics = {**measured, **replayed, **learned, **synced, **clock.metrics()}
+    measured = step_metrics(acting, again) | cost_metrics(scored) | staleness_metrics(collected.own, run.step)
+    learned = await apart(run, update(run, batch, clock))
+    run.quarantine(both, batch)
+    metrics = {**measured, **replayed, **learned, **clock.metrics()}
     run.log(metrics)
     if run.directory is not None:
         run.directory.keep_episodes(run.step, kept)
     return Seen(run.step, metrics, acting)
+
+
+async def update(run: Run, batch: Batch, clock: Clock) -> dict[str, float]:
+    """Take the optimiser step and give the engine its weights. No turn is sampled from weights that are changing."""
+    with run.policy.engine.updating():
+        with clock.phase("learner"):
+            learned = run.learner.step(batch)
+        run.step += 1
+        with clock.phase("sync"):
+            return {**learned, **run.policy.engine.sync_weights(run.step)}
 
 
 async def score(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 
@@ -39,6 +42,19 @@ def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object],
         mine = cpu_seconds(ours)
         ratios.append(cpu_seconds(theirs) / mine)
     return Ratio(name, statistics.median(ratios), min(ratios), max(ratios), pairs)
+
+
+def peak_kb(work: Callable[..., object], *arguments: object) -> int:
+    """Peak memory of a fresh process, in which everything is imported, that does ``work`` once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["agentopd.learner.deepspeed"])
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        return pool.submit(_peak_of, work, arguments).result()
+
+
+def _peak_of(work: Callable[..., object], arguments: tuple[object, ...]) -> int:
+    work(*arguments)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def report(ratios: dict[str, Ratio], **figures: float) -> None:

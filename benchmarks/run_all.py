@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("rollout", "learner_step", "sandbox", "episodes")
+NAMES = (
+    *("rollout", "learner_step", "loss_head", "packing", "score", "transport", "growth", "sandbox", "episodes"),
+    "faults",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -191,6 +191,24 @@ def test_not_finite_on_a_supervised_token_is_a_fault():
         build([item(evidence=bad)])
 
 
+def test_an_episode_that_cannot_be_trained_on_leaves_the_others_as_they_are():
+    bad, unlikely = (
+        evidence(7),
+        item(0.0).episode.turns[0].model_copy(update={"rollout_logprobs": (-1.0, np.nan, -1.0)}),
+    )
+    bad.teacher_logprobs[3] = np.inf
+    sampled = replace(item(0.0), episode=item(0.0).episode.model_copy(update={"turns": (unlikely,)}))
+    batch = build([item(1.0, evidence=bad), item(1.0), sampled, item(0.0, prompt_ids=()), item(0.0)])
+    assert batch.source_B.tolist() == [1, 4]
+    assert {index: reason.split(":")[-1] for index, reason in batch.quarantined.items()} == {
+        0: " log-prob inf at sampled token 3 of 7",
+        2: "episode 'e' was sampled with a log-prob that is not finite",
+        3: " its first sampled token has no log-prob",
+    }
+    assert (batch.metrics["batch/quarantined"], batch.metrics["batch/rows"]) == (3, 2)
+    assert torch.equal(batch.teacher_scale_N, build([item(1.0), item(0.0)]).teacher_scale_N)
+
+
 def test_not_finite_on_a_masked_token_is_harmless():
     bad = evidence(7)
     for stream in (bad.teacher_logprobs, bad.topk_logprobs):
@@ -258,7 +276,7 @@ def test_micro_batches_hold_every_row_once_with_its_streams():
 
 
 def test_a_prompt_is_required():
-    with pytest.raises(ValueError, match="no prompt"):
+    with pytest.raises(TeacherError, match="no prompt"):
         build([item(prompt_ids=())])
 
 

@@ -89,12 +89,31 @@ def test_another_kind_drops_the_presets_settings_of_that_block(config_file):
         ("rollout.group_size=1", ["group_size"]),
         ("suite.skills.repair.role=old", ["role 'new'"]),
         ("objective.divergence.kind=none", ["router", "divergence"]),
+        ("learner.zero_stage=3", ["rollout.engine 'hf'", "use 'vllm', or stage 2"]),
+        ("train.max_staleness=-1", ["train.max_staleness"]),
+        ("model.lora.rank=0", ["model.lora.rank"]),
+        ("model.lora.dropout=0.1", ["model.lora", "dropout"]),
     ],
 )
 def test_bad_overrides_are_named(config_file, override, needles):
     message = refusal(config_file, override)
     for needle in needles:
         assert needle in message
+
+
+def test_stale_samples_need_a_correction_and_a_student_that_samples(config_file):
+    stale = "train.max_staleness=1"
+    assert load_run_config(config_file, [stale]).train.max_staleness == 1
+    assert "objective.stabiliser.tis_cap" in refusal(config_file, stale, "objective.stabiliser.tis_cap=none")
+    corrected = ("objective.stabiliser.tis_cap=none", "objective.stabiliser.rejection=2")
+    assert load_run_config(config_file, [stale, *corrected])
+    assert "source is 'gold'" in refusal(config_file, stale, "objective.preset=sft")
+
+
+def test_split_weights_cannot_be_asked_for_candidates(config_file):
+    split = ("learner.zero_stage=3", "rollout.engine=vllm")
+    assert load_run_config(config_file, split).learner.zero_stage == 3
+    assert "candidates" in refusal(config_file, *split, "objective.preset=rethink_opd")
 
 
 def test_an_inapplicable_key_names_the_kind(config_file):

@@ -21,12 +21,12 @@ FLOORS = {
     "types": 0, "errors": 0,
     "contracts": 1, "config": 1, "registry": 1,
     "objective": 2.0, "rendering": 2.0, "testing": 2.0, "memory": 2.0, "packing": 2.01, "attention": 2.02,
-    "models": 2.05, "learner": 2.1, "engines": 2.2, "teachers": 2.3,
+    "models": 2.05, "weights": 2.06, "learner": 2.1, "engines": 2.2, "teachers": 2.3,
     "rollout": 3, "scoring": 3, "batching": 3, "mixture": 3, "evaluation": 3, "checkpoint": 3, "tracking": 3,
     "trackers": 3, "report": 3, "console": 3, "dashboard": 3, "stats": 3,
     "teaching": 4, "demonstrations": 4, "collect": 4, "rubrics": 4, "reaction": 4, "retention": 4, "compare": 4,
     "build": 4, "train": 4, "evaluate": 4, "micro": 4, "runs": 4, "inspection": 4, "reverify": 4, "sandboxing": 4,
-    "certify": 4, "doctor": 4, "play": 4, "scaffold": 4, "serving": 4,
+    "pipeline": 4, "certify": 4, "doctor": 4, "play": 4, "scaffold": 4, "serving": 4,
     "commands": 5, "env_commands": 5, "cli": 5,
 }  # fmt: skip
 # The leaves see floors 0 and 1, and only the leaves below them.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from agentopd.trackers import JsonlTracker, open_tracker
 from agentopd.tracking import (
     KeptEpisode,
     Provenance,
+    QuarantinedEpisode,
     RunDirectory,
     Session,
     read_jsonl,
@@ -112,6 +114,18 @@ def test_resume_forgets_everything_after_its_step(run):
     assert read_jsonl(run.metrics)[-1] == {"step": 3, "x": 30.0}
     (session,) = Provenance.model_validate_json(run.provenance.read_text()).sessions
     assert session.from_step == 2 and session.command[1] == "resume" and "torch" in session.packages
+
+
+def test_what_is_quarantined_is_read_back_with_its_numbers(run):
+    given = QuarantinedEpisode(
+        step=2, reason="nan", episode=episode(), verdict=kept(1).verdict, teacher_logprobs=(float("nan"), -1.0)
+    )
+    run.quarantine(2, [given])
+    run.quarantine(3, [given])
+    run.resume(Session.now([], from_step=2))
+    (file,) = run.quarantined.iterdir()
+    found = QuarantinedEpisode.model_validate_json(file.read_text())
+    assert math.isnan(found.teacher_logprobs[0]) and found.episode == given.episode and found.reason == "nan"
 
 
 def test_a_torn_last_line_is_dropped_and_a_bad_middle_is_named(tmp_path):

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from agentopd.config.base import Section
 from agentopd.config.decontamination import DecontaminationConfig
 from agentopd.config.engines import EngineKind, VLLMConfig
+from agentopd.config.learner import LearnerConfig
+from agentopd.config.model import ModelConfig
 from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
 from agentopd.config.retention import GuardConfig, ReplayConfig, StageConfig
 from agentopd.config.suite import SkillConfig, SuiteConfig
-from agentopd.config.teachers import AnyTeacherConfig, Dtype, JudgeConfig, ServedTeacherConfig, TeacherConfig
+from agentopd.config.teachers import AnyTeacherConfig, JudgeConfig, ServedTeacherConfig, TeacherConfig
 
-__all__ = ["GuardConfig", "ReplayConfig", "RunConfig", "SkillConfig", "StageConfig", "SuiteConfig"]
-
-
-class ModelConfig(Section):
-    """The student."""
-
-    student: str = "micro/student"
-    """A directory, a Hugging Face id, or a checkpoint shipped with AgentOPD (``micro/student``)."""
-    dtype: Dtype = "auto"
+__all__ = [
+    "GuardConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "ReplayConfig",
+    "RunConfig",
+    "SkillConfig",
+    "StageConfig",
+    "SuiteConfig",
+]
 
 
 class RolloutConfig(Section):
@@ -67,30 +70,9 @@ class TrainConfig(Section):
     """Steps between retention evaluations; None evaluates at the start and the end only."""
     checkpoint_every: int | None = Field(25, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-
-
-class LearnerConfig(Section):
-    """The optimiser. Compute is in the model's dtype, master weights and log-prob arithmetic in fp32."""
-
-    lr: float = Field(5e-4, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(5, ge=0)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = Field(1e-8, gt=0)
-    grad_clip: float = Field(1.0, gt=0)
-    micro_batch_tokens: int = Field(8192, ge=128)
-    """Padded tokens in one forward pass; sequences are bucketed by length."""
-    epochs: int = Field(1, ge=1)
-    """Optimiser passes over each batch."""
-    mini_batches: int = Field(1, ge=1)
-    """Optimiser steps that each pass is cut into; those after the first are slightly off-policy."""
-    max_epoch_kl: float = Field(0.1, gt=0)
-    """Stop further passes once mean |logprobs - old_logprobs| exceeds this."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """How much optimiser state is split over ranks. A bfloat16 student with 0 runs as 1: the same thing on one rank,
-    and the stage that keeps fp32 gradients."""
+    max_staleness: int = Field(0, ge=0)
+    """Updates that a token may be older than the weights it trains; 0 samples, scores and updates in turn, more
+    samples that many batches ahead."""
 
 
 class EvalConfig(Section):
@@ -231,7 +213,35 @@ class RunConfig(Section):
             idle = "[judge] grades by rubrics, and this objective has none: leave it out"
             raise ValueError(lacking if self.judge is None else idle)
         self._views_have_effect()
+        self._split_weights_suffice()
+        self._staleness_is_corrected()
         return self
+
+    def _staleness_is_corrected(self) -> None:
+        for blocks in self.objective.every_stage() if self.train.max_staleness else ():
+            if blocks.source.kind in ("gold", "teacher", "offline"):
+                raise ValueError(
+                    f"train.max_staleness is about the student's samples; source is {blocks.source.kind!r}"
+                )
+            if blocks.stabiliser.tis_cap is None and blocks.stabiliser.rejection is None:
+                raise ValueError(
+                    "train.max_staleness trains on samples of older weights, which nothing corrects: set "
+                    "objective.stabiliser.tis_cap, or max_staleness = 0"
+                )
+
+    def _split_weights_suffice(self) -> None:
+        """With ZeRO-3 a rank cannot use the student alone: all ranks must ask for a layer's weights at once."""
+        if self.learner.zero_stage != 3:
+            return
+        if self.rollout.engine == "hf":
+            raise ValueError(
+                "learner.zero_stage 3 splits the weights that rollout.engine 'hf' samples from: use 'vllm', or stage 2"
+            )
+        if any(blocks.student_top_k for blocks in self.objective.every_stage()):
+            raise ValueError(
+                f"objective {self.objective.preset!r} asks the student for candidates, episode by episode, which "
+                "learner.zero_stage 3 cannot do: use stage 2"
+            )
 
     def _views_have_effect(self) -> None:
         """What a teacher is shown matters where it scores; where it acts, it is shown what the student would be."""

@@ -47,6 +47,35 @@ class BackgroundLoop:
             self._loop.close()
 
 
+class Gate:
+    """Lets work through while it is open; closing it waits for the work inside. Of one event loop."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._open, self._empty = asyncio.Event(), asyncio.Event()
+        self._open.set()
+        self._empty.set()
+
+    async def __aenter__(self) -> None:
+        await self._open.wait()
+        self._inside += 1
+        self._empty.clear()
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self._empty.set()
+
+    async def close(self) -> None:
+        """Let nothing more through, and wait for what is inside."""
+        self._open.clear()
+        await self._empty.wait()
+
+    async def open(self) -> None:
+        """Let work through again."""
+        self._open.set()
+
+
 async def _cancel_the_rest() -> None:
     rest = asyncio.all_tasks() - {asyncio.current_task()}
     for task in rest:

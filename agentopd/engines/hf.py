@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, groupby
 from typing import Any
 
@@ -38,7 +39,7 @@ class HFEngine:
 
     ``model`` is a Hugging Face causal language model; ``batch_size`` rows are decoded at once, sorted by
     length; ``turn_cache_mb`` bounds the memory for keys and values kept between turns (0: every turn prefills its whole
-    prompt). Not to be used while the learner updates: calls run in one worker thread and do not lock the weights.
+    prompt). Calls run in one worker thread, one at a time, and never while the weights are ``updating``.
     Raises ``EngineError`` for requests that do not fit ``max_context`` and for non-finite log-probs.
     """
 
@@ -54,6 +55,7 @@ class HFEngine:
         self.max_context = int(min(max_context or limit, limit))
         self.weight_version = 0
         self.turns = TurnCache(turn_cache_mb * 2**20)
+        self._weights = threading.Lock()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-engine")
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
@@ -65,11 +67,15 @@ class HFEngine:
         for request in requests:
             check_fits(request, self.max_context)
         results: list[Generation | None] = [None] * len(requests)
-        with boundary(EngineError, "generating"), _decoding(self.model):
+        with self._weights, boundary(EngineError, "generating"), _decoding(self.model):
             for rows in self._chunks(requests):
                 for row, generation in zip(rows, self._decode([requests[row] for row in rows]), strict=True):
                     results[row] = generation
         return [result for result in results if result is not None]
+
+    def updating(self) -> AbstractContextManager[object]:
+        """The weights are the learner's own: no turn is sampled while they change."""
+        return self._weights
 
     def sync_weights(self, version: int) -> dict[str, float]:
         """Nothing to copy; from here on generations carry ``version``, and nothing computed before it is used."""

@@ -7,13 +7,14 @@ The keys and values of earlier turns are found by vLLM's prefix cache.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import count
 from typing import Any
 
 from agentopd.config.engines import VLLMConfig
 from agentopd.contracts import Generation, GenerationRequest
+from agentopd.engines.background import Gate
 from agentopd.engines.canary import Canary
 from agentopd.engines.requests import check_finite, check_fits
 from agentopd.engines.vllm_process import common_args, require_vllm, start
@@ -38,6 +39,7 @@ class VLLMEngine:
         self._request_ids = count()
         self._on_gpu = next(model.parameters()).device.type == "cuda"
         self._asleep = False
+        self._turns = Gate()
         self._canary = Canary(model, self.max_context, config.canary_bound)
         if config.sync == "ipc" and not self._on_gpu:
             raise ConfigError("rollout.vllm.sync = 'ipc' shares GPU memory, and there is no GPU: use 'auto' or 'disk'")
@@ -60,12 +62,17 @@ class VLLMEngine:
         with boundary(EngineError, "generating with vLLM"):
             return await self._llm.loop.run(self._generate(requests))
 
+    def updating(self) -> AbstractContextManager[object]:
+        """Nothing to hold back: vLLM samples from weights of its own."""
+        return nullcontext()
+
     def sync_weights(self, version: int) -> dict[str, float]:
         """Push the learner's weights, forget what was cached under the old ones, and ask the canary.
 
-        Returns ``sync/canary``, the mean difference in nats. Raises ``EngineError`` above its bound.
+        Turns under way end first, and others wait. Returns ``sync/canary``, the mean difference in nats. Raises
+        ``EngineError`` above its bound.
         """
-        with boundary(EngineError, f"bringing vLLM to weight version {version}"):
+        with boundary(EngineError, f"bringing vLLM to weight version {version}"), self._between_turns():
             if self._asleep:
                 self._llm.call("wake_up", ["weights"])
             self._sync.push(self._llm)
@@ -96,11 +103,26 @@ class VLLMEngine:
         """``aclose`` for callers without an event loop."""
         self._started.close()
 
+    @contextmanager
+    def _between_turns(self) -> Iterator[None]:
+        self._llm.wait(self._turns.close())
+        try:
+            yield
+        finally:
+            self._llm.wait(self._turns.open())
+
     def _check(self) -> float:
-        return self._canary.check(self._llm.wait(self._generate(self._canary.requests)))
+        async def sampled() -> list[Generation]:
+            return list(await asyncio.gather(*map(self._one, self._canary.requests)))
+
+        return self._canary.check(self._llm.wait(sampled()))
 
     async def _generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        return list(await asyncio.gather(*map(self._one, requests)))
+        async def turn(request: GenerationRequest) -> Generation:
+            async with self._turns:
+                return await self._one(request)
+
+        return list(await asyncio.gather(*map(turn, requests)))
 
     async def _one(self, request: GenerationRequest) -> Generation:
         from vllm import TokensPrompt

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from agentopd.engines.vllm_process import BlockingLLM
+from agentopd.weights import full_shapes, full_weights
 
 
 class WeightSync(Protocol):
@@ -112,10 +113,7 @@ class TransferSync:
 
         class Parameters(WeightSource):  # type: ignore[misc]  # vLLM is not typed for us
             def metadata(self) -> list[Any]:
-                return [
-                    ParamMeta(name, weight.dtype, tuple(getattr(weight, "ds_shape", weight.shape)))
-                    for name, weight in model.named_parameters()
-                ]
+                return [ParamMeta(*shape) for shape in full_shapes(model)]
 
             def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
                 return full_weights(model)
@@ -146,15 +144,3 @@ class _TransferClient:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.llm.call("finish_weight_update", weight_version)
-
-
-def full_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and whole tensors of every parameter; those that ZeRO-3 splits over ranks are gathered one at a time."""
-    for name, weight in model.named_parameters():
-        if hasattr(weight, "ds_id"):
-            from deepspeed import zero
-
-            with zero.GatheredParameters(weight):
-                yield name, weight.detach().clone()
-        else:
-            yield name, weight.detach()

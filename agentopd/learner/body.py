@@ -5,13 +5,17 @@ B episodes, T padded length, N chosen positions, M packed tokens, H hidden width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agentopd.attention import ATTENTION
+from agentopd.errors import ConfigError
 from agentopd.packing import Packed, pack
 
 _TOLERANCE = 0.05
@@ -47,6 +51,28 @@ def packs(model: Any) -> bool:
             found = packed_states(model, packed)[packed.index_BT].float()
             _packs[model] = bool((found - expected).norm() <= _TOLERANCE * expected.norm())
     return _packs[model]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let every layer of ``model`` compute its activations again in the backward pass instead of keeping them.
+
+    Raises ``ConfigError`` where transformers does not say which its layers are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(f"learner.activation_checkpointing: {type(model).__name__} cannot; set it to false")
+    for layer in layers:
+        # transformers' own switch acts in training mode alone, and training mode means dropout.
+        layer.forward = _recomputed(layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
 
 
 def _padded_states(model: Any, input_ids_BT: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from agentopd.config.objective import Blocks, ObjectiveConfig
 from agentopd.config.run import LearnerConfig
 from agentopd.errors import ConfigError, InfraError
 from agentopd.learner import runtime
-from agentopd.learner.body import hidden_states
+from agentopd.learner.body import checkpoint_activations, hidden_states
 from agentopd.learner.fused_head import FusedHead, HeadStreams
 from agentopd.learner.head import Head, output_head
 from agentopd.learner.schedule import scheduled_rate
@@ -32,6 +32,7 @@ from agentopd.objective.metrics import Sums, add_sums, means
 from agentopd.objective.microbatches import deal_rows, select_tokens, split_micro_batches
 from agentopd.objective.phi import mean_of
 from agentopd.objective.streams import PER_TOKEN, Batch, Streams
+from agentopd.weights import full_weights, gathered, has_lora, keep_lora
 
 _TAG = "learner"
 Known = dict[str, Any]
@@ -63,8 +64,9 @@ class _Scorer(nn.Module):
     @torch.no_grad()
     def streams(self, batch: Batch, objective: Blocks) -> HeadStreams:
         """What the objective reads of the policy as it is."""
-        hidden_NH, fused = self._read(batch, objective)
-        return fused.streams(hidden_NH)
+        with gathered([x for x in output_head(self.model)[:2] if x is not None]):
+            hidden_NH, fused = self._read(batch, objective)
+            return fused.streams(hidden_NH)
 
     def _read(self, batch: Batch, objective: Blocks) -> tuple[Tensor, FusedHead]:
         hidden_NH = hidden_states(self.model, batch.input_ids_BT, batch.row_N, batch.position_N)
@@ -95,8 +97,16 @@ class DeepSpeedLearner:
         self.rate_scale = 1.0
         """Factor on the scheduled learning rate."""
         self.steps_done = 0
+        self.poisoned: dict[int, str] = {}
+        """Rows of the last batch that were left out because their loss was not finite, by source, and why."""
         self._deepspeed = runtime.start()
-        self._engine = self._initialised(_Scorer(model.eval(), teacher_heads or {}))
+        if config.activation_checkpointing:
+            checkpoint_activations(model)
+        self._adapters_only = has_lora(model)
+        scorer = _Scorer(model.eval(), teacher_heads or {})
+        if self._adapters_only:
+            scorer.register_state_dict_post_hook(keep_lora)  # type: ignore[no-untyped-call]
+        self._engine = self._initialised(scorer)
         self.device = next(model.parameters()).device
 
     @property
@@ -113,9 +123,11 @@ class DeepSpeedLearner:
         """Up to ``epochs`` passes of ``mini_batches`` optimiser steps each; returns metrics of the last pass.
 
         Metrics are reduced over ranks and micro-batches. Further passes stop once mean |logprobs - old_logprobs|
-        exceeds ``max_epoch_kl``. A batch without a token on any rank only counts as a step. Raises ``InfraError`` if
-        the loss is not finite, before the weights change.
+        exceeds ``max_epoch_kl``. A batch without a token on any rank only counts as a step. Rows whose own loss is not
+        finite are left out and named in ``poisoned``; raises ``InfraError`` if that is all of them, before the weights
+        change.
         """
+        self.poisoned = {}
         if not runtime.all_reduce_max(batch.num_tokens):
             self.steps_done += 1
             return {**batch.metrics, "learner/skipped": 1.0}
@@ -134,28 +146,35 @@ class DeepSpeedLearner:
             if metrics["student/drift"] > self.config.max_epoch_kl:
                 break
         self.steps_done += 1
+        found = float(runtime.all_reduce(torch.tensor(len(self.poisoned))))
+        metrics["batch/quarantined"] = batch.metrics.get("batch/quarantined", 0.0) + found
         return {**batch.metrics, **metrics, "learner/lr": rate, "learner/passes": float(passes)}
 
     @torch.no_grad()
     def inspect(self, batch: Batch) -> list[tuple[Tensor, Guidance | None]]:
         """Of each row, the student's log-probs (N,) and the teacher term as ``step`` would see them; changes nothing.
 
-        Runs on this rank alone. Where phi is on, its mean is the row's own, not the batch's.
+        Every rank must call it, with as many rows as it likes. Where phi is on, its mean is the row's own, not the
+        batch's.
         """
         blocks = self.objective.at(self.progress)
         found: list[tuple[Tensor, Guidance | None]] = []
-        for row in range(batch.num_rows):
-            micro = batch.select_rows([row]).to(self.device)
+        for row in range(runtime.all_reduce_max(batch.num_rows)):
+            micro = (batch.select_rows([row]) if row < batch.num_rows else _filler(batch)).to(self.device)
             streams = Streams(micro, **self._engine.module.streams(micro, blocks)._asdict())
             guidance = teacher_guidance(streams, blocks) if blocks.needs_teacher else None
             found.append((streams.logprobs_N, guidance))
-        return found
+        return found[: batch.num_rows]
 
     def save(self, directory: str | Path) -> None:
-        """Write weights, fp32 masters, optimiser state, schedule position and random states."""
+        """Write weights (of adapters alone, where there are some), fp32 masters, optimiser state, schedule position and
+        random states.
+        """
         state = {"steps_done": self.steps_done, "rate_scale": self.rate_scale}
         with runtime.quiet():
-            self._engine.save_checkpoint(str(directory), tag=_TAG, client_state=state)
+            self._engine.save_checkpoint(
+                str(directory), tag=_TAG, client_state=state, exclude_frozen_parameters=self._adapters_only
+            )
         torch.save(torch.get_rng_state(), self._rng_file(directory))
 
     def load(self, directory: str | Path) -> None:
@@ -163,15 +182,20 @@ class DeepSpeedLearner:
         if not self._rng_file(directory).is_file():
             raise ConfigError(f"{str(directory)!r} holds no learner state for rank {runtime.rank()}")
         with runtime.quiet():
-            _, client_state = self._engine.load_checkpoint(str(directory), tag=_TAG)
+            _, client_state = self._engine.load_checkpoint(
+                str(directory), tag=_TAG, load_module_strict=not self._adapters_only
+            )
         self.steps_done, self.rate_scale = client_state["steps_done"], client_state.get("rate_scale", 1.0)
         torch.set_rng_state(torch.load(self._rng_file(directory), weights_only=True))
 
     def export(self, directory: str | Path) -> None:
-        """Write the student as a Hugging Face directory (safetensors), in the model's dtype."""
-        if runtime.rank() == 0:
+        """Write the student as a Hugging Face directory (safetensors), in its dtype, adapters folded in."""
+        is_main, kept = runtime.rank() == 0, self.module.state_dict()
+        weights = {name: kept[name] for name, _ in self.module.named_buffers() if name in kept}
+        weights |= {name: weight for name, weight in full_weights(self.module) if is_main}
+        if is_main:
             with redirect_stderr(io.StringIO()):  # a progress bar per shard
-                self.module.save_pretrained(str(directory))
+                self.module.save_pretrained(str(directory), state_dict=weights)
         runtime.all_reduce_max(0)
 
     def close(self) -> None:
@@ -185,10 +209,13 @@ class DeepSpeedLearner:
         optimizer = torch.optim.AdamW(
             parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
+        head = output_head(scorer.model)
+        for used in (head.weight, head.bias):
+            if used is not None:  # outside the forward pass of its own layer
+                self._deepspeed.zero.register_external_parameter(scorer, used)
+        settings = _engine_config(config, parameters[0].dtype, width=head.weight.shape[1])
         with runtime.quiet():
-            engine, *_ = self._deepspeed.initialize(
-                model=scorer, optimizer=optimizer, config=_engine_config(config, parameters[0].dtype)
-            )
+            engine, *_ = self._deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings)
         return engine
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
@@ -233,7 +260,7 @@ class DeepSpeedLearner:
         norms = []
         for micros, before in zip(mini_batches, old, strict=True):
             found, counted = self._backward(micros, before, blocks, progress, scale=len(mini_batches))
-            self._check_finite(found)
+            self._check_sound(micros, found)
             norm = self._plain_grad_norm()
             self._engine.step()
             norms.append(float(self._engine.get_global_grad_norm() if norm is None else norm))
@@ -250,17 +277,38 @@ class DeepSpeedLearner:
         sums: Sums = {}
         for index, (micro_batch, known) in enumerate(zip(micros, before, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
-            loss, found, counted = self._engine(micro_batch, blocks, {**known, "progress": progress})
+            loss, found, counted = self._loss(micro_batch, {**known, "progress": progress}, blocks)
             self._engine.backward(loss * (scale * runtime.world_size()), scale_wrt_gas=False)
             parts, sums = add_sums(parts, found), add_sums(sums, counted)
         return parts, sums
 
-    def _check_finite(self, parts: dict[str, Tensor]) -> None:
-        """On all ranks alike."""
+    def _loss(self, micro: Batch, known: Known, blocks: Blocks) -> tuple[Tensor, dict[str, Tensor], Sums]:
+        """Loss, parts and sums of a micro-batch, without the rows whose own loss is not finite."""
+        output: tuple[Tensor, dict[str, Tensor], Sums] = self._engine(micro, blocks, known)
+        if not runtime.all_reduce_max(not output[0].isfinite()):
+            return output
+        alone = [_select(micro, known, [row]) for row in range(micro.num_rows)]
+        alone += [(_filler(micro), known)] * (runtime.all_reduce_max(len(alone)) - len(alone))
+        losses = [self._value(*item, blocks) for item in alone][: micro.num_rows]
+        sound = [row for row, loss in enumerate(losses) if math.isfinite(loss)]
+        sources = micro.source_B.tolist()
+        self.poisoned |= {s: f"its loss is {x}" for s, x in zip(sources, losses, strict=True) if not math.isfinite(x)}
+        rest = _select(micro, known, sound) if sound else (_filler(micro), known)
+        output = self._engine(rest[0], blocks, rest[1])
+        return output
+
+    @torch.no_grad()
+    def _value(self, micro: Batch, known: Known, blocks: Blocks) -> float:
+        streams = Streams(micro, **self._engine.module.streams(micro, blocks)._asdict(), **known)
+        return float(compute_loss(streams, blocks).loss)
+
+    def _check_sound(self, micros: Sequence[Batch], parts: dict[str, Tensor]) -> None:
+        """Raise, on all ranks alike, where no row is left to train on, or the loss is not finite all the same."""
+        rows = {source for micro in micros if micro.counted for source in micro.source_B.tolist()}
         total = runtime.all_reduce(torch.stack(list(parts.values())).sum().double())
-        if not math.isfinite(float(total)):
+        if not runtime.all_reduce_max(len(rows - self.poisoned.keys())) or not math.isfinite(float(total)):
             found = {name: float(value) for name, value in parts.items()}
-            raise InfraError(f"the loss of step {self.steps_done} is not finite: {found}")
+            raise InfraError(f"the loss of step {self.steps_done} is not finite on any row: {found}")
 
     def _reduced(self, parts: dict[str, Tensor], sums: Sums, skills: tuple[str, ...]) -> dict[str, float]:
         """Everything a pass measured, summed over ranks in one message."""
@@ -281,8 +329,8 @@ class DeepSpeedLearner:
         return Path(directory) / f"rng_rank{runtime.rank()}.pt"
 
 
-def _engine_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own settings.
+def _engine_config(config: LearnerConfig, dtype: torch.dtype, width: int) -> dict[str, Any]:
+    """DeepSpeed's own settings. ZeRO-3 leaves biases and norms whole, which are up to a few times ``width`` long.
 
     A bf16 model without ZeRO runs as stage 1, which on one rank is the same thing: DeepSpeed's stage-0 optimiser for
     bf16 sums gradients in bf16 and starts Adam with an empty step that distorts its bias correction.
@@ -291,7 +339,7 @@ def _engine_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.zero_stage, "stage3_param_persistence_threshold": 10 * width},
         "steps_per_print": None,
     }
     if dtype == torch.bfloat16:
@@ -301,6 +349,12 @@ def _engine_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
     elif dtype != torch.float32:
         raise ConfigError(f"the student is in {dtype}; train it in bfloat16 or float32")
     return settings
+
+
+def _select(micro: Batch, known: Known, rows: list[int]) -> tuple[Batch, Known]:
+    """Some rows of a micro-batch, and what is known of their tokens."""
+    kept_N = torch.isin(micro.row_N, torch.tensor(rows, device=micro.row_N.device))
+    return micro.select_rows(rows), {name: x[kept_N] if name.endswith(PER_TOKEN) else x for name, x in known.items()}
 
 
 def _filler(batch: Batch) -> Batch:
@@ -317,6 +371,7 @@ def _filler(batch: Batch) -> Batch:
         input_ids_BT=torch.zeros(1, 2, dtype=torch.int64),
         lengths_B=torch.tensor([2]),
         truncated_B=torch.tensor([False]),
+        source_B=torch.tensor([-1]),
         counted=False,
         metrics={},
     )

@@ -86,8 +86,10 @@ def output_head(model: Any, vocab_size: int | None = None) -> Head:
         if getattr(model.config, key, None) not in (None, 1.0):
             raise ConfigError(f"{type(model).__name__} applies {key}={getattr(model.config, key)!r}: not supported")
     layer = model.get_output_embeddings()
-    bias = getattr(layer, "bias", None)
-    return Head(layer.weight[:vocab_size], None if bias is None else bias[:vocab_size])
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if vocab_size is None:  # not a slice of everything: its gradient would be copied into zeros
+        return Head(weight, bias)
+    return Head(weight[:vocab_size], None if bias is None else bias[:vocab_size])
 
 
 @torch.no_grad()

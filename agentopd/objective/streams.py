@@ -33,6 +33,7 @@ class Batch:
     """Right-padded token ids, cut after each row's last sampled token."""
     lengths_B: Tensor
     truncated_B: Tensor
+    source_B: Tensor  # which of the scored episodes each row is
     row_N: Tensor
     position_N: Tensor
     """Index of the token in its row, at least 1: its logits are those at ``position - 1``."""
@@ -56,18 +57,16 @@ class Batch:
     segment_N: Tensor
     """The token's segment in its row where the teacher has another tokenizer; -1 outside all."""
     teacher_rest_N: Tensor  # the teacher's joint log-prob of its tokens of that segment after the first
-    policy_N: Tensor
-    """False on trajectories that take part in the anchor alone."""
+    policy_N: Tensor  # False on trajectories that take part in the anchor alone
     special_N: Tensor  # role and end-of-turn markers
     span_N: Tensor  # inside a tool call
     teacher_scale_N: Tensor
     verifier_scale_N: Tensor
     anchor_scale_N: Tensor
     reference_scale_N: Tensor
-    teachers: tuple[str, ...] = ()
-    """Names that ``teacher_N`` indexes: the teachers of this rank's rows."""
-    counted: bool = True
-    """False for a filler whose tokens are in no metric."""
+    teachers: tuple[str, ...] = ()  # names that ``teacher_N`` indexes: the teachers of this rank's rows
+    quarantined: Mapping[int, str] = field(default_factory=dict)  # scored episodes that cannot train, and why
+    counted: bool = True  # False for a filler whose tokens are in no metric
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Counters of the whole batch, summed over ranks; empty on micro-batches."""
 
@@ -112,6 +111,7 @@ class Batch:
                 "input_ids_BT": self.input_ids_BT[rows, :width],
                 "lengths_B": lengths_B,
                 "truncated_B": self.truncated_B[rows],
+                "source_B": self.source_B[rows],
                 "metrics": {},
             },
         )

@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from agentopd.config.teachers import ServedTeacherConfig
 from agentopd.contracts import Evidence, FloatArray, IntArray
 from agentopd.errors import ConfigError, TeacherError
@@ -67,7 +65,6 @@ class ServedTeacher:
             shown = 0 if found.topk_ids is None else found.topk_ids.shape[1]
             if len(found.teacher_logprobs) != episode.num_sampled or shown != (k if episode.num_sampled else shown):
                 raise ValueError(f"{len(found.teacher_logprobs)} tokens and K = {shown} for another question")
-            self._check_finite(episode, found.teacher_logprobs, found.topk_logprobs)
             return found
 
         return await self._ask_all("/score", episodes, lambda chosen: {"top_k": top_k}, read)
@@ -82,7 +79,6 @@ class ServedTeacher:
             logprobs = wire.unpack_logprobs(data)
             if len(logprobs) != episode.num_sampled:
                 raise ValueError(f"{len(logprobs)} rows for {episode.num_sampled} tokens")
-            self._check_finite(episode, logprobs)
             return logprobs
 
         return await self._ask_all(
@@ -129,10 +125,6 @@ class ServedTeacher:
             batches[-1].append(index)
             room -= size
         return batches
-
-    def _check_finite(self, episode: Episode, *arrays: FloatArray | None) -> None:
-        if not all(array is None or np.isfinite(array).all() for array in arrays):
-            raise TeacherError(f"teacher {self.name!r} gave a non-finite log-prob on episode {episode.id!r}")
 
     async def _patiently(self, method: str, path: str, body: bytes) -> bytes:
         """The body of the reply, however long the teacher is away, up to ``outage_s``."""

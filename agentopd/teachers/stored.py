@@ -93,8 +93,10 @@ class StoredTeacher:
         if missing and self._live is not None:
             answers = await self._live.score([episodes[i] for i in missing], self._header.top_k)
             for index, answer in zip(missing, answers, strict=True):
-                self._store(episodes[index], answer)
-                found[index] = self._read(episodes[index], top_k)
+                found[index] = answer
+                if np.isfinite(answer.teacher_logprobs).all():
+                    self._store(episodes[index], answer)
+                    found[index] = self._read(episodes[index], top_k)
         return [evidence for evidence in found if evidence is not None]
 
     def _path(self, episode: Episode) -> Path:

@@ -47,7 +47,7 @@ class VLLMTeacher:
     async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
         """Evidence of each episode, in order; ``top_k`` 0 leaves the top-K out.
 
-        Raises ``TeacherError`` for a ``top_k`` above ``max_top_k``, and where vLLM fails or a log-prob is not finite.
+        Raises ``TeacherError`` for a ``top_k`` above ``max_top_k``, and where vLLM fails.
         """
         if top_k > self._bound:
             raise TeacherError(
@@ -83,13 +83,11 @@ class VLLMTeacher:
         )
         outputs = self._llm.llm.generate(TokensPrompt(prompt_token_ids=ids), params, f"score-{next(self._ids)}")
         (final,) = [output async for output in outputs]
-        return self._evidence(episode, final.prompt_logprobs, positions_N, k)
+        return self._evidence(final.prompt_logprobs, positions_N, k)
 
-    def _evidence(self, episode: Episode, flat: Any, positions_N: Any, k: int) -> Evidence:
+    def _evidence(self, flat: Any, positions_N: Any, k: int) -> Evidence:
         # Each position holds the prompt's own token first, then its K most likely; the first position holds none.
         shape = (int(positions_N[-1]), k + 1)
         logprobs = np.array(flat.logprobs, np.float32).reshape(shape)[positions_N - 1]
         ids = np.array(flat.token_ids, np.int64).reshape(shape)[positions_N - 1]
-        if not np.isfinite(logprobs).all():
-            raise TeacherError(f"teacher {self.name!r} gave a non-finite log-prob on episode {episode.id!r}")
         return Evidence(self.name, logprobs[:, 0], ids[:, 1:] if k else None, logprobs[:, 1:] if k else None)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agentopd.engines.weight_sync import Checkpoint, full_weights
+from agentopd.engines.weight_sync import Checkpoint
 from agentopd.learner import runtime
+from agentopd.weights import full_weights
 
 
 def test_a_checkpoint_spells_out_a_tied_head(model: Any) -> None:

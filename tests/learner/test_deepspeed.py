@@ -152,6 +152,20 @@ def test_nothing_to_train_on_only_counts_as_a_step(learner, make_batch):
     assert trained.steps_done == 1  # schedule and stages go on
 
 
+@pytest.mark.parametrize("settings", [{}, {"zero_stage": 2, "epochs": 2, "max_epoch_kl": 100.0}])
+def test_rows_whose_loss_is_not_finite_are_left_out_of_the_update(learner, make_batch, settings):
+    batch = make_batch()
+    spoilt = torch.where((batch.row_N == 1) | (batch.row_N == 4), torch.nan, batch.advantage_N)
+    one, two = learner(**settings), learner(**settings)
+    found = one.step(replace(batch, advantage_N=spoilt, source_B=batch.source_B + 10))
+    expected = two.step(batch.select_rows([0, 2, 3, 5]))
+    assert one.poisoned == dict.fromkeys((11, 14), "its loss is nan")
+    assert two.poisoned == {} and found["batch/quarantined"] == 2
+    assert found["loss/total"] == pytest.approx(expected["loss/total"], rel=1e-5)
+    for name, weight in weights(two).items():
+        assert_close(weights(one)[name], weight, atol=1e-6, rtol=0)
+
+
 def test_a_loss_that_is_not_finite_is_a_fault_and_leaves_the_weights(learner, make_batch):
     trained, batch = learner(), make_batch()
     before = weights(trained)

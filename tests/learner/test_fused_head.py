@@ -47,7 +47,8 @@ def rows(seed=0, teachers=("x", "y"), k=K):
     } | {name: -1 - 2 * drawn(n) for name in ("rollout_logprobs_N", "teacher_logprobs_N", "ref_logprobs_N")}
     return Batch(
         skills=("a",), input_ids_BT=torch.zeros(len(SIZES), 6, dtype=torch.int64), lengths_B=torch.tensor(SIZES) + 1,
-        truncated_B=torch.zeros(len(SIZES), dtype=torch.bool), row_N=row_N, position_N=torch.ones(n, dtype=torch.int64),
+        truncated_B=torch.zeros(len(SIZES), dtype=torch.bool), source_B=torch.arange(len(SIZES)),
+        row_N=row_N, position_N=torch.ones(n, dtype=torch.int64),
         target_N=torch.randint(V, (n,), generator=g), turn_N=torch.zeros(n, dtype=torch.int64),
         skill_N=torch.zeros(n, dtype=torch.int64), teacher_topk_ids_NK=ids_NK,
         teacher_topk_logprobs_NK=torch.randn(n, V, generator=g).log_softmax(-1).gather(1, ids_NK),

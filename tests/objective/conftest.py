@@ -71,6 +71,7 @@ def _sample(
         "input_ids_BT": torch.zeros(len(sizes), max(sizes) + 1, dtype=torch.int64),
         "lengths_B": torch.tensor(sizes) + 1,
         "truncated_B": torch.zeros(len(sizes), dtype=torch.bool),
+        "source_B": torch.arange(len(sizes)),
         "row_N": row_N,
         "position_N": offset_N + 1,
         "turn_N": offset_N // 2,

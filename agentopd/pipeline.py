@@ -1,0 +1,96 @@
+"""Rollouts ahead of the update: while one batch is scored and trained on, the next ones are sampled.
+
+The prompts of a batch are drawn when the step ``train.max_staleness`` before its own begins, so that all ranks draw the
+same; its episodes are sampled after those of the batch before it. So a token is at most so many updates old when it is
+trained on. With 0 nothing is ahead, which is the synchronous loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from agentopd.collect import collect, collect_beside
+from agentopd.evaluate import Judged
+from agentopd.learner import runtime
+from agentopd.mixture import Drawn, MixtureState
+from agentopd.runs import Clock, Run
+from agentopd.types import Task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The judged episodes of one step."""
+
+    drawn: list[Drawn]
+    shares: Mapping[str, float]
+    """Every skill's share of the loss."""
+    own: list[Judged]
+    """The student's."""
+    others: list[Judged]
+    """Anybody else's."""
+    beside: list[Judged]
+    """Those that the anchor alone reads."""
+    clock: Clock
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks of its prompts, by hash."""
+        return {item.task.hash: item.task for item in self.drawn}
+
+
+class Rollouts:
+    """The batches of ``run``, in the order of its steps."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._ahead: deque[tuple[MixtureState, asyncio.Task[Collected]]] = deque()
+
+    async def take(self) -> Collected:
+        """The batch of the step that is due; those that may be are begun."""
+        run = self._run
+        run.enter_stage()
+        while self._may_begin(step := run.step + len(self._ahead)):
+            self._ahead.append((run.mixture.state(), self._begin(step)))
+        _, task = self._ahead.popleft()
+        run.ahead = self._ahead[0][0] if self._ahead else None
+        return await task
+
+    def _may_begin(self, step: int) -> bool:
+        """Not beyond a stage: what comes after it depends on its end."""
+        config, now = self._run.config, self._run.step
+        in_reach = step <= now + config.train.max_staleness and step < config.train.steps
+        return in_reach and config.stage_at(step) == config.stage_at(now)
+
+    def _begin(self, step: int) -> asyncio.Task[Collected]:
+        run = replace(self._run, step=step)
+        drawn, shares = run.mixture.draw(run.config.train.prompts_per_step), run.mixture.shares()
+        before = self._ahead[-1][1] if self._ahead else None
+
+        async def sampled() -> Collected:
+            if before is not None:
+                await asyncio.wait([before])
+            clock, mine = Clock(), drawn[runtime.rank() :: runtime.world_size()]
+            with clock.phase("rollout"):
+                own, others = await collect(run, mine)
+                beside = await collect_beside(run, mine, own)
+            return Collected(drawn, shares, own, others, beside, clock)
+
+        return asyncio.create_task(sampled())
+
+    async def aclose(self) -> None:
+        """Give up what was begun."""
+        tasks = [task for _, task in self._ahead]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def apart(run: Run, work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``: on a loop of its own where rollouts are ahead on this one, which must not wait for it."""
+    return await (asyncio.to_thread(asyncio.run, work) if run.config.train.max_staleness else work)

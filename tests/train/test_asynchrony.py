@@ -1,0 +1,109 @@
+"""Rollouts ahead of the update: the synchronous loop where nothing is ahead, else a bounded and measured staleness."""
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentopd.config import load_run_config
+from agentopd.console import make_console
+from agentopd.engines.background import Gate
+from agentopd.pipeline import Rollouts
+from agentopd.runs import Run
+from agentopd.tracking import RunDirectory, read_jsonl
+from agentopd.train import train, train_step
+from benchmarks.faults import UNTIMED
+
+TINY = ("train.prompts_per_step=3", "eval.tasks_per_skill=1", "eval.start_kl=false")
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(path / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith(UNTIMED)} for row in rows]
+
+
+async def in_turn(run: Run) -> None:
+    """Draw, sample, score, update: nothing overlaps, and nothing is begun before it is needed."""
+    await run.open()
+    await run.evaluate("base")
+    while run.step < run.config.train.steps:
+        rollouts = Rollouts(run)
+        await train_step(run, await rollouts.take())
+        await rollouts.aclose()
+    run.export()
+    await run.aclose()
+
+
+@pytest.mark.slow
+def test_nothing_ahead_is_the_synchronous_loop(quickstart, small):
+    one = Run.start(load_run_config(quickstart, small("train.steps=2", *TINY, name="one")))
+    asyncio.run(in_turn(one))
+    two = Run.start(load_run_config(quickstart, small("train.steps=2", *TINY, name="two")))
+    asyncio.run(train(two, make_console(plain=True)))
+    assert metrics(one.root) == metrics(two.root)
+    assert [(row["rollout/staleness"], row["rollout/staleness_max"]) for row in metrics(two.root)] == [(0, 0)] * 2
+    weights = [(run.root / "model/model.safetensors").read_bytes() for run in (one, two)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_rollouts_overlap_and_are_no_staler_than_allowed(quickstart, small):
+    run = Run.start(load_run_config(quickstart, small("train.steps=4", "train.max_staleness=2", *TINY)))
+    asyncio.run(train(run, make_console(plain=True)))
+    rows = metrics(run.root)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(0 <= row["rollout/staleness"] <= row["rollout/staleness_max"] <= 2 for row in rows)
+    # Its weights were older, so a batch was begun before the update of the one before it.
+    assert max(row["rollout/staleness"] for row in rows) > 0
+    versions = {
+        (item.step, turn.weight_version)
+        for item in RunDirectory.open(run.root).kept_episodes()
+        for turn in item.episode.turns
+    }
+    assert all(0 <= step - 1 - version <= 2 for step, version in versions)
+
+
+@pytest.mark.slow
+def test_prompts_drawn_ahead_are_drawn_again_after_a_resume(quickstart, small):
+    ahead = Run.start(load_run_config(quickstart, small("train.steps=3", "train.max_staleness=1", *TINY, name="ahead")))
+    asyncio.run(train(ahead, make_console(plain=True)))
+    cut = ahead.root.with_name("cut")
+    shutil.copytree(ahead.root, cut)
+    shutil.rmtree(cut / "checkpoints/step-000003")
+    resumed = Run.resume(cut)
+    assert resumed.step == 2
+    asyncio.run(train(resumed, make_console(plain=True)))
+
+    def prompts(path: Path) -> set[tuple[int, str]]:
+        return {(item.step, item.episode.task_id) for item in RunDirectory.open(path).kept_episodes()}
+
+    assert prompts(cut) == prompts(ahead.root)
+
+
+def test_a_closed_gate_waits_for_what_is_inside_and_lets_nothing_in():
+    async def scene() -> list[str]:
+        gate, events, leave = Gate(), [], asyncio.Event()
+
+        async def inside(name: str) -> None:
+            async with gate:
+                events.append(f"{name} in")
+                await leave.wait()
+                events.append(f"{name} out")
+
+        first = asyncio.create_task(inside("first"))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(gate.close())
+        await asyncio.sleep(0)
+        second = asyncio.create_task(inside("second"))
+        await asyncio.sleep(0)
+        assert not closing.done()
+        leave.set()
+        await closing
+        events.append("closed")
+        await gate.open()
+        await asyncio.gather(first, second)
+        return events
+
+    assert asyncio.run(scene()) == ["first in", "first out", "closed", "second in", "second out"]

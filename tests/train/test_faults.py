@@ -1,0 +1,101 @@
+"""Faults in real runs: killed in every phase, a full disk, poisoned evidence. docs/faults.md has the table."""
+
+import asyncio
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agentopd.config import load_run_config
+from agentopd.console import make_console
+from agentopd.contracts import Evidence, Teacher
+from agentopd.runs import Run
+from agentopd.tracking import QuarantinedEpisode, RunDirectory, read_jsonl
+from agentopd.train import train
+from benchmarks import faults
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The run that nothing happened to."""
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert faults.in_a_process(path) == 0
+    return path
+
+
+def test_a_run_killed_in_every_phase_ends_like_one_left_alone(whole, tmp_path):
+    path = tmp_path / "run"
+    assert faults.struck_run(path, faults.PHASES, random.Random(0)) == []
+    expected, found = faults.results(whole), faults.results(path)
+    assert [name for name, value in expected.items() if found.get(name) != value] == []
+    assert not list(path.glob("checkpoints/.partial-*"))
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=70m none "$DISK"
+"$PYTHON" -m agentopd.cli train "$CONFIG" --plain --set "run_dir=$DISK/run" "$@" 2> "$OUT/said"
+echo $? > "$OUT/code"
+ls -A "$DISK/run/checkpoints" > "$OUT/checkpoints"
+mount -o remount,size=1g "$DISK"
+"$PYTHON" -m agentopd.cli resume "$DISK/run" --plain && cp -r "$DISK/run" "$OUT/run"
+"""
+"""Two checkpoints of the micro student fit, and not a third beside them."""
+
+
+def test_a_full_disk_stops_a_run_with_one_line_and_its_checkpoints_whole(whole, tmp_path):
+    alone = ["unshare", "--mount", "--user", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("needs a mount namespace of its own, for a small tmpfs")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    environment = {"DISK": str(disk), "OUT": str(tmp_path), "PYTHON": sys.executable, "CONFIG": str(faults.CONFIG)}
+    settings = [part for override in faults.OVERRIDES for part in ("--set", override)]
+    subprocess.run(
+        ["env", *(f"{k}={v}" for k, v in environment.items()), *alone, "sh", "-c", FULL_DISK, "sh", *settings],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    (line,) = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("error")]
+    assert "is full: free some of it" in line and f"agentopd resume {disk}/run" in line
+    assert (tmp_path / "code").read_text() == "1\n"
+    assert (tmp_path / "checkpoints").read_text().split() == ["step-000001", "step-000002"]
+    assert faults.results(tmp_path / "run") == faults.results(whole)
+
+
+class Flawed:
+    """The teacher, but for one number of one episode."""
+
+    def __init__(self, real: Teacher) -> None:
+        self.name, self.max_top_k = real.name, real.max_top_k
+        self.spoilt: list[str] = []
+        self._real = real
+
+    async def score(self, episodes, top_k) -> list[Evidence]:
+        first, *rest = await self._real.score(episodes, top_k)
+        spoilt = first.teacher_logprobs.copy()
+        spoilt[0] = np.nan
+        self.spoilt.append(episodes[0].id)
+        return [replace(first, teacher_logprobs=spoilt), *rest]
+
+    async def aclose(self) -> None:
+        await self._real.aclose()
+
+
+def test_a_poisoned_episode_is_quarantined_and_the_run_goes_on(quickstart, small):
+    run = Run.start(load_run_config(quickstart, small("train.steps=1", "tracking.episodes_per_step=12")))
+    flawed = run.teachers.by_key["default"] = Flawed(run.teachers.by_key["default"])
+    asyncio.run(train(run, make_console(plain=True)))
+    (row,) = read_jsonl(run.root / "metrics.jsonl")
+    assert (row["batch/quarantined"], row["batch/rows"]) == (1, 11)
+    directory = RunDirectory.open(run.root)
+    (line,) = (directory.quarantined / "step_000001.jsonl").read_text().splitlines()
+    found = QuarantinedEpisode.model_validate_json(line)
+    assert found.episode.id == flawed.spoilt[0] and "log-prob nan at sampled token 0" in found.reason
+    assert np.isnan(found.teacher_logprobs[0]) and np.isfinite(found.teacher_logprobs[1:]).all()
+    assert found.episode.id not in {kept.episode.id for kept in directory.kept_episodes()}
