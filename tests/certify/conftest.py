@@ -65,17 +65,24 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def examine():
-    """``examine(env, verifier=None, source="micro", num=4)``: the first check that fails, or None."""
+    """``examine(env, verifier=None, source="micro", num=4, sandbox=TrustingSandbox)``: the first failure, or None."""
 
-    async def first_failure(env, verifier, source, num) -> Finding | None:
+    async def first_failure(env, verifier, source, num, make_sandbox) -> Finding | None:
+        sandbox = make_sandbox()
         loaded = environments.get(env) if isinstance(env, str) else env
         skill = Skill(SkillConfig(name="x", env=loaded.name, source=source, verifier=verifier), loaded)
-        stage = Stage(skill, sample_tasks(skill)[:num], Judge([skill], TrustingSandbox()))
-        for check in CHECKS:
-            if check.__name__ != "determinism" or num == 8:
-                finding = await run_check(check, stage)
-                if not finding.passed:
-                    return finding
+        stage = Stage(skill, sample_tasks(skill)[:num], Judge([skill], sandbox))
+        try:
+            for check in CHECKS:
+                if check.__name__ != "determinism" or num == 8:
+                    finding = await run_check(check, stage)
+                    if not finding.passed:
+                        return finding
+        finally:
+            await sandbox.aclose()
         return None
 
-    return lambda env, verifier=None, source="micro", num=4: asyncio.run(first_failure(env, verifier, source, num))
+    def examine(env, verifier=None, source="micro", num=4, sandbox=TrustingSandbox):
+        return asyncio.run(first_failure(env, verifier, source, num, sandbox))
+
+    return examine

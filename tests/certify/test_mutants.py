@@ -1,6 +1,7 @@
 """Every shipped verifier, broken in ten obvious ways: validation notices each."""
 
 import json
+from functools import partial
 from itertools import count
 
 import pytest
@@ -8,8 +9,12 @@ import pytest
 from agentopd.errors import InfraError
 from agentopd.registry import verifiers
 from agentopd.types import VerdictStatus
+from agentopd_envs import ToolEnvironment, register_environment, tool, tool_turn
+from agentopd_envs.bfcl_multi_turn import BfclMultiTurnVerifier
+from agentopd_sandboxes.unsafe import UnsafeSandbox
 from agentopd_verifiers.calls import CallsVerifier
 from agentopd_verifiers.code import CodeVerifier
+from agentopd_verifiers.command import CommandVerifier
 from agentopd_verifiers.judge import Finding
 from agentopd_verifiers.math import MathVerifier
 from agentopd_verifiers.state import StateVerifier
@@ -103,9 +108,23 @@ async def shown_tests_only(judge, task, episode):
     return await judge(task.model_copy(update={"hidden": {**task.hidden, "tests": task.public["tests"]}}), episode)
 
 
+async def names_only_by_request(judge, task, episode):
+    """BFCL multi turn: the right functions for each request, with any arguments."""
+    wanted, made = task.hidden["ground_truth"], episode.final_state["calls"]
+    names = [[[call["name"] for call in calls] for calls in turns] for turns in (wanted, made[: len(wanted)])]
+    return PASS if names[0] == names[1] else FAIL
+
+
+async def any_exit_code(judge, task, episode):
+    """Command: what ran to its end was right."""
+    found = await judge(task, episode)
+    return PASS if found.detail.startswith("exit code") else found
+
+
 GENERAL = (always_pass, always_fail, inverted, anything_goes, faults_pass, faults_fail, half_credit, never_sure)
 OWN = {MathVerifier: off_by_one, CodeVerifier: shown_cases_only, StateVerifier: no_frame_condition,
-       CallsVerifier: names_only, SuiteVerifier: shown_tests_only}  # fmt: skip
+       CallsVerifier: names_only, SuiteVerifier: shown_tests_only, BfclMultiTurnVerifier: names_only_by_request,
+       CommandVerifier: any_exit_code}  # fmt: skip
 
 
 def mutated(verifier, way):
@@ -130,24 +149,57 @@ def bfcl_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("AGENTOPD_DATA", str(tmp_path))
 
 
-@pytest.mark.parametrize("verifier", WORLDS, ids=lambda item: item.__name__)
-def test_the_verifier_as_it_is_passes(verifier, examine, bfcl_rows):
-    env, source = WORLDS[verifier]
-    assert examine(env, mutated(verifier, as_it_is), source) is None
-
-
 async def as_it_is(judge, task, episode):
     return await judge(task, episode)
 
 
-@pytest.mark.parametrize("verifier", WORLDS, ids=lambda item: item.__name__)
-def test_ten_obvious_mutants_are_caught(verifier, examine, bfcl_rows):
-    env, source = WORLDS[verifier]
+def examine_mutants(examine, verifier, env, source="micro", **kwargs):
+    """The verifier as it is passes every check; each of ten mutants fails one."""
+    assert examine(env, mutated(verifier, as_it_is), source, **kwargs) is None
     ways = [*GENERAL, flaky(), OWN[verifier]]
-    found = {way.__name__: examine(env, mutated(verifier, way), source) for way in ways}
+    found = {way.__name__: examine(env, mutated(verifier, way), source, **kwargs) for way in ways}
     assert len(found) == 10
     assert not [name for name, finding in found.items() if finding is None]
     assert found["always_pass"].check == "noop" and found["faults_fail"].check == "faults"
+
+
+@pytest.mark.parametrize("verifier", WORLDS, ids=lambda item: item.__name__)
+def test_ten_obvious_mutants_are_caught(verifier, examine, bfcl_rows):
+    examine_mutants(examine, verifier, *WORLDS[verifier])
+
+
+@pytest.mark.data
+def test_ten_mutants_of_bfcl_multi_turn_are_caught(examine, data_dir):
+    pytest.importorskip("bfcl_eval", reason="bfcl-eval is not installed: pip install --no-deps bfcl-eval")
+    examine_mutants(examine, BfclMultiTurnVerifier, "bfcl_multi_turn", "bfcl", num=2)
+
+
+@register_environment("adding")
+class Adding(ToolEnvironment):
+    """A program to hand in, and a script whose exit code judges it."""
+
+    verifier = "command"
+
+    @classmethod
+    def generate(cls, rng):
+        n = rng.randrange(100, 999)
+        check = f"import sys\nfrom solution import f\nsys.exit(f(1) != {n + 1})"
+        judging = {"trust": "low", "command": ["check.py"], "target": "solution.py", "files": {"check.py": check}}
+        gold = [tool_turn("submit", program=f"def f(x): return x + {n}")]
+        return cls.new_task(f"Write f(x) that adds {n}.", hidden=judging, gold=gold)
+
+    def setup(self):
+        self.program, self.submitted = "", False
+
+    @tool(mutates=True)
+    def submit(self, program: str):
+        """Hand in."""
+        self.program, self.submitted = program, True
+        self.finish()
+
+
+def test_ten_mutants_of_the_command_verifier_are_caught(examine):
+    examine_mutants(examine, CommandVerifier, "adding", num=2, sandbox=partial(UnsafeSandbox, workers=1))
 
 
 def test_a_verifier_that_scores_sandbox_faults_is_caught(examine):
