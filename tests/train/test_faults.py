@@ -39,7 +39,7 @@ def test_a_run_killed_in_every_phase_ends_like_one_left_alone(whole, tmp_path):
 
 
 FULL_DISK = """
-mount -t tmpfs -o size=70m none "$DISK"
+mount -t tmpfs -o size=52m none "$DISK"
 "$PYTHON" -m agentopd.cli train "$CONFIG" --plain --set "run_dir=$DISK/run" "$@" 2> "$OUT/said"
 echo $? > "$OUT/code"
 ls -A "$DISK/run/checkpoints" > "$OUT/checkpoints"
