@@ -169,24 +169,26 @@ async def outcomes():
         print(sandbox.name, found.outcome, found.status.value, found.detail)
         await sandbox.aclose()
 
-assert tempfile.gettempdir() == "/tmp"
+tempfile.tempdir = DISK
 maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
 linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS)
 for name, text in maps.items():
     with open(f"/proc/self/{name}", "w") as file:
         file.write(text)
-linux.mount("tmpfs", "/tmp", "tmpfs", 0, "size=8k")
-with open("/tmp/full", "wb") as full:
+linux.mount("tmpfs", DISK, "tmpfs", 0, "size=8k")
+with open(f"{DISK}/full", "wb") as full:
     full.write(bytes(8192))
 asyncio.run(outcomes())
-os.unlink("/tmp/full")
+os.unlink(f"{DISK}/full")
 asyncio.run(outcomes())
 """
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_no_verdict_and_the_jail_needs_none(jail_works: None, start_python: StartPython) -> None:
-    with start_python(HERE + ON_A_FULL_DISK) as judge:
+def test_a_full_disk_is_no_verdict_and_the_jail_needs_none(
+    jail_works: None, start_python: StartPython, tmp_path: Path
+) -> None:
+    with start_python(HERE + f"DISK = {str(tmp_path)!r}\n" + ON_A_FULL_DISK) as judge:
         full, unsafe, *healed = judge.communicate(timeout=120)[0].splitlines()
     assert full == "jail 1.0 ok "
     assert unsafe.startswith("unsafe None infra_error") and "No space left" in unsafe
