@@ -159,15 +159,10 @@ def test_a_judge_out_of_space_or_descriptors_gives_no_verdict(jail_works: None) 
 
 ON_A_FULL_DISK = """
 import asyncio, os, tempfile
+os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads cannot leave its user namespace
 from test_faults import verdict
 from agentopd_sandboxes import JailSandbox, linux
 from agentopd_sandboxes.unsafe import UnsafeSandbox
-
-async def outcomes():
-    for sandbox in (JailSandbox(workers=1), UnsafeSandbox(workers=1)):
-        found = await verdict(sandbox)
-        print(sandbox.name, found.outcome, found.status.value, found.detail)
-        await sandbox.aclose()
 
 tempfile.tempdir = DISK
 maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
@@ -176,6 +171,13 @@ for name, text in maps.items():
     with open(f"/proc/self/{name}", "w") as file:
         file.write(text)
 linux.mount("tmpfs", DISK, "tmpfs", 0, "size=8k")
+
+async def outcomes():
+    for sandbox in (JailSandbox(workers=1), UnsafeSandbox(workers=1)):
+        found = await verdict(sandbox)
+        print(sandbox.name, found.outcome, found.status.value, found.detail)
+        await sandbox.aclose()
+
 with open(f"{DISK}/full", "wb") as full:
     full.write(bytes(8192))
 asyncio.run(outcomes())
