@@ -5,6 +5,7 @@ Shapes: B rows, H key-value heads, T columns of a batch's buffer, P cached token
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,12 @@ def _written(buffer: Tensor, new: Tensor, start: int) -> Tensor:
 def empty_cache() -> Cache:
     """A cache of ``BufferedLayer`` for any model with plain attention layers."""
     return Cache(layer_class_to_replicate=BufferedLayer)
+
+
+def caching(model: Any, cache: Cache) -> dict[str, Any]:
+    """Arguments that make ``model`` read and extend ``cache``, which older transformers call ``past_key_values``."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
 
 
 @dataclass(frozen=True)

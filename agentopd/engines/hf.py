@@ -23,7 +23,7 @@ import torch
 
 from agentopd.attention import ATTENTION
 from agentopd.contracts import Generation, GenerationRequest
-from agentopd.engines.cache import TurnCache, empty_cache, load_rows, read_row
+from agentopd.engines.cache import TurnCache, caching, empty_cache, load_rows, read_row
 from agentopd.engines.requests import check_finite, check_fits
 from agentopd.engines.sampling import UniformStreams, sample
 from agentopd.errors import EngineError, boundary
@@ -138,6 +138,7 @@ class _Batch:
         """Tokens of each request whose keys and values an earlier turn left: the first columns of its row."""
         self.cache, self.loaded = load_rows(kept)
         """The first ``loaded`` columns hold those, each row padded on the right."""
+        self.caching = caching(model, self.cache)
         new = [prompt[known:-1] for prompt, known in zip(prompts, self.known, strict=True)]
         self.columns = self.loaded + (self._extend(new) if self.loaded else self._prefill(new))
         self.prefill_end = self.columns
@@ -150,8 +151,7 @@ class _Batch:
             input_ids=self.next_B[:, None],
             attention_mask=self.mask_BT[:, None, None, : self.columns],
             position_ids=self.position_B[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
+            **self.caching,
         ).logits[:, -1]
         self.next_B, logprobs_B = sample(logits_BV, self.uniforms.draw(), self.params.temperature, self.params.top_p)
         self.position_B = self.position_B + 1
@@ -177,9 +177,7 @@ class _Batch:
             self._prefill_packed(self._padded(prompts, length), [len(prompt) for prompt in prompts])
             return length
         distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        self.model(
-            input_ids=self._padded(list(distinct), length), past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        self.model(input_ids=self._padded(list(distinct), length), logits_to_keep=1, **self.caching)
         if len(distinct) < len(prompts):
             self.cache.batch_select_indices(self._tensor([distinct[prompt] for prompt in prompts]))
         return length
@@ -187,7 +185,7 @@ class _Batch:
     def _prefill_packed(self, input_ids_BL: torch.Tensor, lengths: Sequence[int]) -> None:
         """Run every shared beginning once, then lay the keys and values out row by row."""
         packed, found = pack(input_ids_BL, lengths), empty_cache()
-        packed_states(self.model, packed, past_key_values=found, use_cache=True)
+        packed_states(self.model, packed, **caching(self.model, found))
         for index, layer in enumerate(found.layers):
             rows = (x[0][:, packed.index_BT].transpose(0, 1) for x in (layer.keys, layer.values))
             self.cache.update(*rows, index)
@@ -205,8 +203,7 @@ class _Batch:
             input_ids=self._padded(new, length),
             attention_mask=self._additive(past_BT[:, None, None, :] | own_LT),
             position_ids=known_B[:, None] + row_L,
-            past_key_values=self.cache,
-            use_cache=True,
+            **self.caching,
             logits_to_keep=1,
         )
         return length
