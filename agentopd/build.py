@@ -13,7 +13,7 @@ from typing import Any
 from agentopd.config.model import LoRAConfig
 from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
 from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
-from agentopd.engines import HFEngine, VLLMEngine
+from agentopd.engines import HFEngine, VLLMEngine, VLLMServersEngine
 from agentopd.errors import ConfigError
 from agentopd.models import load_model, load_tokenizer
 from agentopd.objective.masks import ClassifyTokens, TokenClasses
@@ -215,4 +215,6 @@ def build_engine(model: Any, config: RolloutConfig) -> Engine:
     """The configured engine, sampling from ``model``. Raises ``ConfigError`` where it is not installed."""
     if config.engine == "vllm":
         return VLLMEngine(model, config.vllm)
+    if config.engine == "vllm_servers":
+        return VLLMServersEngine(model, config.vllm, config.servers)
     return HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)
