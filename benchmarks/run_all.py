@@ -11,7 +11,7 @@ from pathlib import Path
 
 NAMES = (
     *("rollout", "learner_step", "loss_head", "packing", "score", "transport", "growth", "sandbox", "episodes"),
-    "faults",
+    *("weight_sync", "faults"),
 )
 RESULTS = Path(__file__).parent / "results"
 
