@@ -21,6 +21,8 @@ from agentopd.errors import ConfigError
 T = TypeVar("T")
 _LEARNERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """Variables of the learner's launcher, which vLLM would take for its own."""
+_CPU_BATCH = 4096
+"""Tokens computed at once on a CPU."""
 _CPU_BLOCK = 32
 """Tokens in one block of the prefix cache on a CPU; vLLM's default there, 128, is longer than most turns."""
 
@@ -138,7 +140,7 @@ def sampling_args(request: GenerationRequest) -> dict[str, Any]:
 
 def sampler_args(config: VLLMConfig, dtype: torch.dtype, max_context: int) -> dict[str, Any]:
     """Engine arguments of a student's vLLM, wherever it runs."""
-    return {
+    args = {
         **common_args(config.kv_cache_gb, config.enforce_eager),
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": max_context,
@@ -147,6 +149,11 @@ def sampler_args(config: VLLMConfig, dtype: torch.dtype, max_context: int) -> di
         # Of the distribution sampled from, after temperature and top-p.
         "logprobs_mode": "processed_logprobs",
     }
+    if not torch.cuda.is_available():
+        # vLLM takes back the random numbers of a prompt that it prefills in parts, which generators of a CPU cannot:
+        # its process would end on the first one. So prompts are prefilled whole, and a batch has room for any.
+        args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_context, _CPU_BATCH)}
+    return args
 
 
 def flags(args: dict[str, Any]) -> list[str]:

@@ -78,6 +78,14 @@ def test_seeds_reproduce_and_differ(policy, engine):
     assert len({x.token_ids for x in made}) > 1
 
 
+def test_more_prompts_at_once_than_one_batch_holds(policy, engine):
+    """vLLM on a CPU cannot prefill a seeded request in parts: its process would end here."""
+    rows = [(8 * row)[:600] for row in prompts(policy, 32)]
+    asked = requests(rows)
+    assert sum(map(len, rows)) > 2 * 4096
+    assert largest_gap(policy.model, asked, generate(engine, asked)) < BOUND
+
+
 def test_rows_end_at_a_stop_id_or_at_their_limit(policy, engine):
     stop = policy.renderer.end_of_turn_ids
     asked = [

@@ -19,9 +19,10 @@ pytestmark = [
 ]
 
 
-def test_a_run_with_vllm_rollouts(quickstart, small):
+@pytest.mark.parametrize("engine", ["vllm", "vllm_servers"])
+def test_a_run_with_vllm_rollouts(quickstart, small, engine):
     overrides = small(
-        "rollout.engine=vllm",
+        f"rollout.engine={engine}",
         "rollout.vllm.max_context=768",
         "rollout.vllm.kv_cache_gb=0.25",
         "rollout.vllm.timeout_s=2000",
