@@ -33,10 +33,11 @@ from agentopd.rollout import EpisodeSpec, RolloutOptions, run_scripted
 from agentopd.types import Task
 from benchmarks.harness import Ratio, report
 
-LIVE = 256
 NAMES = ("tool_use", "math_tools", "retail", "code_repair")
 
 Chosen = Sequence[tuple[Skill, Task]]
+Tasks = dict[str, list[tuple[Skill, Task]]]
+"""Of each environment."""
 
 
 class Recording:
@@ -81,18 +82,18 @@ async def play(box: Recording, chosen: Chosen) -> None:
     assert all(solved), "a gold trajectory was not judged right"
 
 
-def mixture(tasks: dict[str, list[tuple[Skill, Task]]], names: Sequence[str], num: int = LIVE) -> Chosen:
+def mixture(tasks: Tasks, names: Sequence[str], num: int) -> Chosen:
     """``num`` episodes of the named environments in turn."""
     streams = {name: cycle(tasks[name]) for name in names}
     return [next(streams[name]) for name in islice(cycle(names), num)]
 
 
-async def one_round(box: Recording, tasks: dict[str, list[tuple[Skill, Task]]]) -> dict[str, float]:
+async def one_round(box: Recording, tasks: Tasks, live: int) -> dict[str, float]:
     """One ratio of each kind."""
-    alone = [await seconds(play(box, mixture(tasks, [name]))) for name in NAMES]
-    apart = sum([await seconds(play(box, mixture(tasks, [name], LIVE // len(NAMES)))) for name in NAMES])
+    alone = [await seconds(play(box, mixture(tasks, [name], live))) for name in NAMES]
+    apart = sum([await seconds(play(box, mixture(tasks, [name], live // len(NAMES)))) for name in NAMES])
     box.asked = []
-    mixed = await seconds(play(box, mixture(tasks, NAMES)))
+    mixed = await seconds(play(box, mixture(tasks, NAMES, live)))
     sandbox = await seconds(box.again())
     return {"vs_slowest": max(alone) / mixed, "vs_apart": apart / mixed, "vs_sandbox": sandbox / mixed}
 
@@ -104,16 +105,16 @@ async def seconds(work: Coroutine[object, object, None]) -> float:
     return time.perf_counter() - started
 
 
-async def measure(rounds: int, episodes: int) -> None:
+async def measure(rounds: int, episodes: int, live: int) -> None:
     """Throughput, then memory."""
     skills = load_skills(SuiteConfig(skills=tuple(SkillConfig(name=name, env=name) for name in NAMES)))
-    tasks = {name: [(skill, task) for task in skill.tasks("train", LIVE, 0)] for name, skill in skills.items()}
+    tasks = {name: [(skill, task) for task in skill.tasks("train", live, 0)] for name, skill in skills.items()}
     box = Recording(build_sandbox(SandboxConfig(), skills.values()))
     try:
         await box.start()
-        await play(box, mixture(tasks, NAMES))  # Warms up.
-        found = [await one_round(box, tasks) for _ in range(rounds)]
-        grown = await memory(box, tasks, episodes)
+        await play(box, mixture(tasks, NAMES, live))  # Warms up.
+        found = [await one_round(box, tasks, live) for _ in range(rounds)]
+        grown = await memory(box, tasks, episodes, live)
     finally:
         await box.aclose()
     ratios = {}
@@ -127,13 +128,13 @@ async def measure(rounds: int, episodes: int) -> None:
     report(ratios, grown_mb=round(grown, 1), episodes=episodes)
 
 
-async def memory(box: Recording, tasks: dict[str, list[tuple[Skill, Task]]], episodes: int) -> float:
+async def memory(box: Recording, tasks: Tasks, episodes: int, live: int) -> float:
     """Resident MiB that the last nine tenths of the episodes added to this process and those that it started."""
     before = 0
-    for done in range(0, episodes, LIVE):
+    for done in range(0, episodes, live):
         if not before and done >= episodes // 10:
             before = resident()
-        await play(box, mixture(tasks, NAMES, min(LIVE, episodes - done)))
+        await play(box, mixture(tasks, NAMES, min(live, episodes - done)))
         box.asked = []
     return (resident() - before) / 2**20
 
@@ -153,8 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=10_000)
+    parser.add_argument("--live", type=int, default=256, help="episodes at once")
     given = parser.parse_args(arguments)
-    asyncio.run(measure(given.rounds, given.episodes))
+    asyncio.run(measure(given.rounds, given.episodes, given.live))
 
 
 if __name__ == "__main__":

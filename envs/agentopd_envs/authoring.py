@@ -88,11 +88,18 @@ class BaseEnvironment:
 
     @classmethod
     def new_task(
-        cls, prompt: str, *, public: JSON | None = None, hidden: JSON | None = None, gold: Sequence[Message | str] = ()
+        cls,
+        prompt: str,
+        *,
+        public: JSON | None = None,
+        hidden: JSON | None = None,
+        gold: Sequence[Message | str] = (),
+        hint: str = "",
     ) -> Task:
         """A task with this environment's name, system message and limits.
 
         ``gold`` is a trajectory that solves it: assistant messages, or plain strings for turns without tool calls.
+        ``hint`` is for privileged teachers alone.
         """
         opening = (Message(role="system", content=cls.system),) if cls.system else ()
         return Task(
@@ -101,7 +108,7 @@ class BaseEnvironment:
             prompt=(*opening, Message(role="user", content=prompt)),
             public=public or {},
             hidden=hidden or {},
-            privileged=Privileged(trajectory=messages(gold)),
+            privileged=Privileged(hint=hint, trajectory=messages(gold)),
             limits=cls.limits,
             source=Source(dataset=cls.name),
         )
