@@ -16,7 +16,7 @@ SMALL = {
     "episodes": ["--rounds", "1", "--episodes", "40", "--live", "8"],
 }
 KEYS = {
-    "episodes": {"vs_slowest", "vs_apart", "vs_sandbox", "grown_mb"},
+    "episodes": {"vs_slowest", "vs_apart", "vs_slower_half", "grown_mb"},
     "loss_head": {"time_vs_naive", "time_vs_gemm", "memory_slope_vs_naive", "gradient_error_vs_gemm"},
     "packing": {"time_vs_padded", "time_vs_buckets", "packed_tokens"},
     "score": {"vs_forward", "alone_vs_forward"},
