@@ -58,12 +58,12 @@ class BrokenProgram:
 
 def first_change(old: str, new: str) -> str:
     """Where a program first differs from the right one, in words: a hint that leaves the repair to be found."""
-    lines = [[line.rstrip() for line in text.strip().splitlines()] for text in (old, new)]
-    for change, start, end, *_ in SequenceMatcher(None, *lines, autojunk=False).get_opcodes():
+    mine, wanted = ([line.rstrip() for line in text.strip().splitlines()] for text in (old, new))
+    for change, start, end, *_ in SequenceMatcher(None, mine, wanted, autojunk=False).get_opcodes():
         if change == "insert":
-            after = lines[0][start].strip() if start < len(lines[0]) else ""
+            after = mine[start].strip() if start < len(mine) else ""
             return f"Something is missing before `{after}`." if after else "Its end is missing."
         if change != "equal":
-            wrong = next((line for line in lines[0][start:end] if line.strip()), "")
+            wrong = next((line for line in mine[start:end] if line.strip()), "")
             return f"The line `{wrong.strip()}` is wrong."
     return ""
