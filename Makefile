@@ -39,13 +39,15 @@ test-long: install  ## the slow tests on more cases: minutes
 test-adapters: $(ADAPTERS_VENV)/.installed  ## the tests that need packages of others, in a layer of its own over the virtual environment
 	OMP_NUM_THREADS=1 $(ADAPTERS_VENV)/bin/python -m pytest -n auto -m "not long" $(ADAPTER_TESTS)
 
-# A layer sees what is beneath it and adds to it, so that no package here can change what the other tests run with.
+# A layer sees what is beneath it and adds to it. What the packages of others want differs (fsspec, dateutil), so it may
+# hide other versions of that, but not of torch, numpy, transformers, tokenizers and pydantic: pip then fails.
 $(ADAPTERS_VENV)/.installed: $(STAMP)
 	$(PYTHON) -m venv $(ADAPTERS_VENV)
 	$(BIN)/python -c 'import sys, sysconfig as s; print(f"import site; site.addsitedir({s.get_path(sys.argv[1])!r})")' purelib \
 	  > "$$($(ADAPTERS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
 	$(ADAPTERS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) --upgrade pip
-	$(ADAPTERS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) "agentopd[adapters]" "$(TORCH)"
+	$(BIN)/python -m pip freeze | grep -E '^(torch|numpy|transformers|tokenizers|pydantic)==' > $(ADAPTERS_VENV)/beneath.txt
+	$(ADAPTERS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c $(ADAPTERS_VENV)/beneath.txt "agentopd[adapters]"
 	$(ADAPTERS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) --no-deps bfcl-eval
 	@touch $@
 
