@@ -14,6 +14,7 @@ import pytest
 
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, SandboxLimits
 from agentopd_sandboxes import JailSandbox
+from agentopd_sandboxes.jail import AHEAD
 
 Run = Callable[..., CaseResult]
 VALUE, EXCEPTION, TIMEOUT, RESOURCE, CRASH, NO_RESULT, PROTOCOL = CaseStatus
@@ -25,7 +26,7 @@ EARLY_EXIT = {
     "os._exit at import": ("import os; os._exit(0)", NO_RESULT),
     "SystemExit in the function": ("def f(): raise SystemExit(0)", NO_RESULT),
     "exit code of a killed process": ("import os; os._exit(137)", NO_RESULT),
-    "kill itself": ("import os, signal\ndef f(): os.kill(os.getpid(), signal.SIGKILL)", CRASH),
+    "kill itself": ("import os, signal\ndef f(): os.kill(os.getpid(), signal.SIGKILL)", VALUE),
     "abort": ("import os\ndef f(): os.abort()", CRASH),
     "execv": ("import os\ndef f(): os.execv('/bin/true', ['true'])", EXCEPTION),
     "exec the interpreter": ("import os, sys\ndef f(): os.execv(sys.executable, ['x', '-c', 'pass'])", EXCEPTION),
@@ -143,7 +144,7 @@ RESOURCES = {
         "signal.setitimer(signal.ITIMER_REAL, 0)\ndef f():\n    while 1: pass",
         TIMEOUT,
     ),
-    "stops itself": ("import os, signal\ndef f(): os.kill(os.getpid(), signal.SIGSTOP)", TIMEOUT),
+    "stops itself": ("import os, signal\ndef f(): os.kill(os.getpid(), signal.SIGSTOP)", VALUE),
     "raising the limits": (
         "import resource\ndef f():\n    for r in range(10):\n        try: resource.setrlimit(r, (-1, -1))\n"
         "        except (OSError, ValueError): pass\n    return bytearray(1 << 30)",
@@ -301,7 +302,7 @@ def packages(): return [p for p in sys.path if os.path.isdir(p + '/site-packages
 
 
 def test_it_has_no_identity_capability_or_process_in_sight(run: Run) -> None:
-    assert run("import os", "os.getuid(), os.getgid(), os.getpid(), os.getppid()").value == (65534, 65534, 2, 1)
+    assert run("import os", "os.getuid(), os.getgid(), os.getpid(), os.getppid()").value == (65534, 65534, 1, 0)
     source = """
 import ctypes
 def f():
@@ -387,7 +388,7 @@ def test_the_clock_runs_beside_the_payload_not_in_the_judge(jail_works: None) ->
             await sandbox.start()
             case = Case("a", "time.sleep(60)")
             task = asyncio.create_task(sandbox.run_cases(Program("import time"), [case], BRIEF))
-            while not any(worker.used is not None and worker.zygote.cells > 1 for worker in sandbox._all):
+            while not any(worker.used is not None and worker.zygote.cells > AHEAD for worker in sandbox._all):
                 await asyncio.sleep(0)
             time.sleep(2.0)
             return (await task)[0]
