@@ -8,6 +8,7 @@ upgrade never widens the sandbox. Numbers are from the kernel's unistd tables fo
 from __future__ import annotations
 
 import errno
+import signal
 import struct
 from collections.abc import Collection
 
@@ -171,8 +172,12 @@ def _search(numbers: list[int]) -> bytes:
     return _op(_JUMP_GT, numbers[half - 1], if_true=len(low) // 8) + low + high
 
 
-def build_filter(machine: str, guarded: Collection[int] = ()) -> bytes:
-    """The BPF program for ``x86_64`` or ``aarch64``. With ``guarded`` pids, signals to those and to all are refused."""
+def build_filter(machine: str, guarded: Collection[int] = (), first: bool = False) -> bytes:
+    """The BPF program for ``x86_64`` or ``aarch64``.
+
+    With ``guarded`` pids, signals to those and to all are refused. ``first``: the caller will be the first process of
+    its pid namespace, on which SIGKILL from inside has no effect; one that kills itself shall die as any other does.
+    """
     column = _COLUMN[machine]
     out_of_reach = b"".join(
         _when(_ARG0_AT, _JUMP_EQ, pid & 0xFFFFFFFF, _refuse(errno.EPERM))
@@ -186,6 +191,14 @@ def build_filter(machine: str, guarded: Collection[int] = ()) -> bytes:
         _op(_LOAD, _ARG0_AT)
         + _op(_JUMP_EQ, _AF_UNIX, if_true=1)
         + _op(_RETURN, _refuse(errno.EACCES))
+        + _op(_LOAD, _NR_AT)
+    )
+    suicide = (
+        _op(_LOAD, _ARG1_AT)
+        + _op(_JUMP_EQ, signal.SIGKILL, if_false=3)
+        + _op(_LOAD, _ARG0_AT)
+        + _op(_JUMP_EQ, 1, if_false=1)
+        + _op(_RETURN, _KILL)
         + _op(_LOAD, _NR_AT)
     )
     injection = b"".join(_when(_ARG1_AT, _JUMP_EQ, code, _refuse(errno.EPERM)) for code in _TTY_INJECTION)
@@ -204,6 +217,7 @@ def build_filter(machine: str, guarded: Collection[int] = ()) -> bytes:
             _for_call(_SOCKET[column], not_unix),
             _for_call(_SOCKETPAIR[column], not_unix),
             _for_call(_IOCTL[column], injection),
+            _for_call(_SIGNALS["kill"][column], suicide) if first else b"",
             *(_for_call(numbers[column], out_of_reach) for numbers in _SIGNALS.values() if guarded),
             *(_for_call(numbers[column], itself) for numbers in _ON_OTHERS.values()),
             _search(denied),

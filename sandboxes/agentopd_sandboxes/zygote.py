@@ -73,7 +73,7 @@ def _prepare(proc: int, two_uids: bool, libraries: dict[str, str]) -> Tools:
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    tools = Tools(proc, landlock.build_ruleset(namespaces.BOX), seccomp.build_filter(linux.MACHINE))
+    tools = Tools(proc, landlock.build_ruleset(namespaces.BOX), seccomp.build_filter(linux.MACHINE, first=True))
     if libraries:
         sys.path.append(namespaces.PACKAGES)
         for name in libraries:

@@ -101,3 +101,11 @@ def test_every_denied_call_is_refused_and_no_other(machine: str) -> None:
     for number in set(range(CEILING + 1)) - special:
         # on itself, as the calls that reach other processes are allowed
         assert (evaluate(program, number, arch) == refused(errno.EPERM)) == (number in denied), number
+
+
+@pytest.mark.parametrize("machine", ARCH)
+def test_the_first_process_of_a_namespace_can_kill_itself(machine: str) -> None:
+    program, arch, kill = build_filter(machine, first=True), ARCH[machine], (62, 129)[machine == "aarch64"]
+    assert evaluate(program, kill, arch, 1, 9) == KILL
+    assert {evaluate(program, kill, arch, *to) for to in ((2, 9), (1, 15), (0, 9), (0xFFFFFFFF, 9))} == {ALLOW}
+    assert evaluate(build_filter(machine), kill, arch, 1, 9) == ALLOW
