@@ -1,4 +1,7 @@
-"""Run every benchmark in a fresh process and write ``benchmarks/results/<name>.json`` with the machine named."""
+"""Run benchmarks in fresh processes and write ``benchmarks/results/<name>.json`` with the machine named.
+
+``python -m benchmarks.run_all [NAME ...]``: all without a name.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     machine = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-    for name in NAMES:
+    for name in sys.argv[1:] or NAMES:
         print(f"== {name}")
         done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], capture_output=True, text=True)
         print(done.stdout, end="")
