@@ -6,12 +6,14 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
 from itertools import islice
 from typing import Any
 
 from agentopd.config.model import LoRAConfig
 from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
+from agentopd.config.scaleout import RayConfig
 from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
 from agentopd.engines import HFEngine, VLLMEngine
 from agentopd.errors import ConfigError
@@ -20,6 +22,7 @@ from agentopd.objective.masks import ClassifyTokens, TokenClasses
 from agentopd.registry import datasets, environments, sandboxes, tool_codecs, verifiers
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
+from agentopd.scaleout import RayEngine, RaySandbox, RayVerifier, verification_pool
 from agentopd.scoring import judge
 from agentopd.types import Episode, Split, Task, Verdict
 from agentopd.weights import add_lora
@@ -88,7 +91,10 @@ def live_options(skills: Iterable[Skill]) -> dict[str, Any]:
 
 
 class Judge:
-    """Judges episodes with the verifier of their task; verifiers are made once each, on first use."""
+    """Judges episodes with the verifier of their task; verifiers are made once each, on first use.
+
+    With a ``RaySandbox`` they judge where its programs run.
+    """
 
     def __init__(self, skills: Iterable[Skill], sandbox: Sandbox) -> None:
         self._skills = {skill.name: skill for skill in skills}
@@ -97,15 +103,22 @@ class Judge:
 
     def verifier(self, skill: str, task: Task) -> Verifier:
         """The verifier of one task of a skill."""
-        config, env = self._skills[skill].config, self._skills[skill].env
-        name = config.verifier or env.verifier_for(task)  # type: ignore[attr-defined]
+        name = self._name(skill, task)
         if name not in self._verifiers:
             self._verifiers[name] = verifiers.get(name)()
         return self._verifiers[name]
 
+    def _name(self, skill: str, task: Task) -> str:
+        config, env = self._skills[skill].config, self._skills[skill].env
+        name: str = config.verifier or env.verifier_for(task)  # type: ignore[attr-defined]
+        return name
+
     async def __call__(self, task: Task, episode: Episode) -> Verdict:
         """The verdict on one finished episode; machinery faults come back without an outcome."""
         verifier = self.verifier(episode.skill, task)
+        if isinstance(self.sandbox, RaySandbox):
+            env = self._skills[episode.skill].config.env
+            verifier = RayVerifier(self.sandbox.pool, env, self._name(episode.skill, task))
         return await judge(task, episode, verifier, self.sandbox if verifier.needs_sandbox else None)
 
     def compare(self, judged: Sequence[tuple[Episode, Verdict]], tasks: Mapping[str, Task]) -> list[Verdict]:
@@ -132,8 +145,19 @@ class Judge:
             await self.sandbox.start()
 
 
-def build_sandbox(config: SandboxConfig, skills: Iterable[Skill] = ()) -> Sandbox:
-    """The configured sandbox backend with the libraries that the environments of ``skills`` ask for, not started."""
+def build_sandbox(config: SandboxConfig, skills: Iterable[Skill] = (), ray: RayConfig | None = None) -> Sandbox:
+    """The configured sandbox backend with the libraries that the environments of ``skills`` ask for, not started.
+
+    With ``ray.verification_workers`` it stands for the sandboxes of workers on other machines.
+    """
+    libraries = {name: skill.name for skill in skills for name in getattr(skill.env, "libraries", ())}
+    if ray is not None and ray.verification_workers:
+        return RaySandbox(verification_pool(ray, partial(_local_sandbox, config, libraries)))
+    return _local_sandbox(config, libraries)
+
+
+def _local_sandbox(config: SandboxConfig, libraries: Mapping[str, str]) -> Sandbox:
+    """``libraries`` leads from a package to a skill that needs it."""
     workers = config.workers or os.cpu_count() or 1
     limits = SandboxLimits(wall_s=config.wall_s, cpu_s=config.wall_s, memory_mb=config.memory_mb)
     backend = sandboxes.get(config.backend)
@@ -141,11 +165,10 @@ def build_sandbox(config: SandboxConfig, skills: Iterable[Skill] = ()) -> Sandbo
     known = signature(backend).parameters.keys()
     for key in options.keys() - known:
         raise ConfigError(f"sandbox.{key} has no effect on the backend {config.backend!r}; leave it out")
-    libraries = {name: skill for skill in skills for name in getattr(skill.env, "libraries", ())}
     if libraries and "libraries" not in known:
         name, skill = next(iter(libraries.items()))
         raise ConfigError(
-            f"skill {skill.name!r} needs the library {name!r} in the sandbox, which the backend {config.backend!r} "
+            f"skill {skill!r} needs the library {name!r} in the sandbox, which the backend {config.backend!r} "
             "cannot offer; use the jail"
         )
     if libraries:
@@ -195,7 +218,9 @@ class Policy:
         return replace(self, model=model, engine=engine)
 
 
-def build_policy(model_name: str, dtype: str, config: RolloutConfig, lora: LoRAConfig | None = None) -> Policy:
+def build_policy(
+    model_name: str, dtype: str, config: RolloutConfig, lora: LoRAConfig | None = None, ray: RayConfig | None = None
+) -> Policy:
     """Load a student and everything it acts with. Raises ``ConfigError``."""
     tokenizer = load_tokenizer(model_name)
     codec: ToolCodec = tool_codecs.get(config.codec)()
@@ -208,11 +233,16 @@ def build_policy(model_name: str, dtype: str, config: RolloutConfig, lora: LoRAC
         )
     if lora is not None:
         add_lora(model, lora)
-    return Policy(model, tokenizer, codec, renderer, build_engine(model, config), config.batch_size)
+    return Policy(model, tokenizer, codec, renderer, build_engine(model, config, ray), config.batch_size)
 
 
-def build_engine(model: Any, config: RolloutConfig) -> Engine:
+def build_engine(model: Any, config: RolloutConfig, ray: RayConfig | None = None) -> Engine:
     """The configured engine, sampling from ``model``. Raises ``ConfigError`` where it is not installed."""
+    workers = ray.rollout_workers if ray is not None else 0
     if config.engine == "vllm":
+        if workers:
+            raise ConfigError("ray.rollout_workers are 'hf' engines, and rollout.engine is 'vllm': set one of them")
         return VLLMEngine(model, config.vllm)
+    if ray is not None and workers:
+        return RayEngine(model, ray, config.batch_size, config.turn_cache_mb)
     return HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)

@@ -8,14 +8,13 @@ whole distributions.
 
 ``vs_trl_vllm`` has TRL generate with vLLM, in its own process; null where that cannot run, with the reason printed.
 
-``python -m benchmarks.e2e_step [--prompts 32] [--new 64] [--rounds 5] [--skill math]``
+``python -m benchmarks.e2e_step [--prompts 32] [--new 128] [--rounds 5]``
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import os
 import statistics
@@ -42,11 +41,17 @@ from agentopd.memory import keep_freed_memory
 from agentopd.models import load_tokenizer
 from agentopd.teachers.local import LocalTeacher
 from agentopd.types import Episode, StopReason, Turn, Verdict, VerdictStatus
-from agentopd_envs.micro import math, store
+from agentopd_envs.code_repair import CodeRepairEnvironment
+from agentopd_envs.math import MathEnvironment
+from agentopd_envs.micro import math, repair, store
 from agentopd_envs.tool_use import ToolUseEnvironment
-from benchmarks.harness import Ratio, report
+from benchmarks.harness import ratio, report
 
-SKILLS = {"math": (math.tasks, lambda task: ()), "store": (store.tasks, ToolUseEnvironment.tool_schemas)}
+SKILLS = (
+    (math.tasks, MathEnvironment),
+    (repair.tasks, CodeRepairEnvironment),
+    (store.tasks, ToolUseEnvironment),
+)
 UNJUDGED = Verdict(outcome=1.0, status=VerdictStatus.OK, reward=1.0)
 LR, TOP_K = 1e-5, 64
 WHOLE: dict[str, Any] = {"divergence": {"kind": "full_rkl"}}
@@ -145,11 +150,13 @@ class TRL:
         theirs.close()
 
     def step(self, size: int) -> tuple[float, int]:
+        """CPU seconds and completion tokens of its next step, of the ``size`` prompts it was made for."""
         self._pipe.send("go")
         found: tuple[float, int] = self._pipe.recv()
         return found
 
     def close(self) -> None:
+        """End the process."""
         self._process.kill()
         self._process.join()
 
@@ -164,11 +171,14 @@ def missing(*packages: str) -> str:
     return ""
 
 
-def prepared(folder: Path, skill: str, number: int) -> tuple[str, str, list[tuple[int, ...]], list[str]]:
+def prepared(folder: Path, number: int) -> tuple[str, str, list[tuple[int, ...]], list[str]]:
     """The student, the teacher, and the prompts as ids and as the text that TRL's tokenizer makes the same ids of."""
     policy = build_policy("micro/student", "float32", RolloutConfig())
-    tasks, schemas = SKILLS[skill]
-    ids = [tuple(policy.renderer.open(task.prompt, schemas(task))) for task in islice(tasks("train", None, 0), number)]
+    each = [
+        [policy.renderer.open(task.prompt, env.tool_schemas(task)) for task in islice(tasks("train", None, 0), number)]
+        for tasks, env in SKILLS
+    ]
+    ids = [tuple(prompt) for together in zip(*each, strict=True) for prompt in together][:number]
     texts = [policy.tokenizer.decode(prompt) for prompt in ids]
     assert [tuple(found) for found in policy.tokenizer(text=texts)["input_ids"]] == ids
     names = str(folder / "student"), str(folder / "teacher")
@@ -187,27 +197,21 @@ Step = Callable[[int], tuple[float, int]]
 
 
 def rounds(sides: dict[str, Step], size: int, number: int) -> dict[str, list[float]]:
-    """Completion tokens per CPU second of every side, round by round, after one that does not count."""
-    rates: dict[str, list[float]] = {name: [] for name in sides}
+    """CPU seconds a completion token of every side, round by round, after one that does not count."""
+    costs: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(number + 1):
         for name, step in sides.items():
             seconds, tokens = step(size)
             if index:
-                rates[name].append(tokens / seconds)
-    return rates
-
-
-def ratio(name: str, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    found = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return Ratio(name, statistics.median(found), min(found), max(found), len(found))
+                costs[name].append(seconds / tokens)
+    return costs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=32, help="Prompts a step.")
-    parser.add_argument("--new", type=int, default=64, help="Tokens of a completion at most.")
+    parser.add_argument("--new", type=int, default=128, help="Tokens of a completion at most.")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skill", choices=sorted(SKILLS), default="math")
     options = parser.parse_args(arguments)
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -215,14 +219,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = {name: reason for name, reason in without.items() if not reason}
     peers: dict[str, TRL] = {}
     with tempfile.TemporaryDirectory() as folder:
-        student, teacher, ids, texts = prepared(Path(folder), options.skill, options.prompts * (options.rounds + 1))
+        student, teacher, ids, texts = prepared(Path(folder), options.prompts * (options.rounds + 1))
         ours = {kind: Ours(student, teacher, ids, options.new, kind == "whole") for kind in ("whole", "topk")}
         try:
             for name in chosen:
                 settings = {"max_completion_length": options.new, "use_vllm": name == "trl_vllm"}
                 peers[name] = TRL(student, teacher, texts, options.prompts, settings)
             sides: dict[str, Step] = {name: side.step for name, side in {**ours, **peers}.items()}
-            rates = rounds(sides, options.prompts, options.rounds)
+            costs = rounds(sides, options.prompts, options.rounds)
         finally:
             for peer in peers.values():
                 peer.close()
@@ -232,9 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}: skipped, {reason}")
             nothing[f"vs_{name}"] = None
             continue
-        ratios[f"vs_{name}"] = ratio(f"step vs {name}", rates["whole"], rates[name])
-        ratios[f"topk_vs_{name}"] = ratio(f"step with top {TOP_K} vs {name}", rates["topk"], rates[name])
-    medians = {f"tokens_per_cpu_s_{name}": round(statistics.median(found), 1) for name, found in rates.items()}
+        ratios[f"vs_{name}"] = ratio(f"step vs {name}", costs["whole"], costs[name])
+        ratios[f"topk_vs_{name}"] = ratio(f"step with top {TOP_K} vs {name}", costs["topk"], costs[name])
+    medians = {f"tokens_per_cpu_s_{name}": round(1 / statistics.median(found), 1) for name, found in costs.items()}
     report(ratios, **nothing, **medians)
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 SMALL = {
-    "loss_head": ["--positions", "256", "--width", "32", "--vocabulary", "2048", "--dtype", "float32", "--pairs", "1"],
+    "loss_head": ["--positions", "256", "--width", "32", "--vocabulary", "2048", "--dtype", "float32", "--rounds", "1"],
     "packing": ["--prompts", "4", "--pairs", "1"],
     "score": ["--prompts", "2", "--pairs", "1"],
     "transport": ["--tokens", "64", "--pairs", "1"],

@@ -113,4 +113,9 @@ def head_topk(
 
 def chunk_size(head: Head) -> int:
     """Positions in one chunk, by default."""
-    return max(MIN_CHUNK, CHUNK_LOGITS // head.weight.shape[0])
+    return chunk_size_of(head.weight.shape[0])
+
+
+def chunk_size_of(vocabulary: int) -> int:
+    """The same for a head of so many ids."""
+    return max(MIN_CHUNK, CHUNK_LOGITS // vocabulary)
