@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from inspect import signature
 from itertools import islice
 from typing import Any
 
 from agentopd.config.model import LoRAConfig
 from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
 from agentopd.config.scaleout import RayConfig
-from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
+from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, Verifier
 from agentopd.engines import HFEngine, VLLMEngine
 from agentopd.errors import ConfigError
 from agentopd.models import load_model, load_tokenizer
 from agentopd.objective.masks import ClassifyTokens, TokenClasses
-from agentopd.registry import datasets, environments, sandboxes, tool_codecs, verifiers
+from agentopd.registry import datasets, environments, tool_codecs, verifiers
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
-from agentopd.scaleout import RayEngine, RaySandbox, RayVerifier, verification_pool
+from agentopd.scaleout.rollout import RayEngine
+from agentopd.scaleout.verification import RaySandbox, RayVerifier, local_sandbox
 from agentopd.scoring import judge
 from agentopd.types import Episode, Split, Task, Verdict
 from agentopd.weights import add_lora
@@ -152,29 +150,8 @@ def build_sandbox(config: SandboxConfig, skills: Iterable[Skill] = (), ray: RayC
     """
     libraries = {name: skill.name for skill in skills for name in getattr(skill.env, "libraries", ())}
     if ray is not None and ray.verification_workers:
-        return RaySandbox(verification_pool(ray, partial(_local_sandbox, config, libraries)))
-    return _local_sandbox(config, libraries)
-
-
-def _local_sandbox(config: SandboxConfig, libraries: Mapping[str, str]) -> Sandbox:
-    """``libraries`` leads from a package to a skill that needs it."""
-    workers = config.workers or os.cpu_count() or 1
-    limits = SandboxLimits(wall_s=config.wall_s, cpu_s=config.wall_s, memory_mb=config.memory_mb)
-    backend = sandboxes.get(config.backend)
-    options = {key: value for key in ("hosts", "runtime") if (value := getattr(config, key))}
-    known = signature(backend).parameters.keys()
-    for key in options.keys() - known:
-        raise ConfigError(f"sandbox.{key} has no effect on the backend {config.backend!r}; leave it out")
-    if libraries and "libraries" not in known:
-        name, skill = next(iter(libraries.items()))
-        raise ConfigError(
-            f"skill {skill!r} needs the library {name!r} in the sandbox, which the backend {config.backend!r} "
-            "cannot offer; use the jail"
-        )
-    if libraries:
-        options["libraries"] = tuple(libraries)
-    sandbox: Sandbox = backend(workers=workers, limits=limits, **options)
-    return sandbox
+        return RaySandbox.of(ray, config, libraries)
+    return local_sandbox(config, libraries)
 
 
 @dataclass
@@ -238,11 +215,8 @@ def build_policy(
 
 def build_engine(model: Any, config: RolloutConfig, ray: RayConfig | None = None) -> Engine:
     """The configured engine, sampling from ``model``. Raises ``ConfigError`` where it is not installed."""
-    workers = ray.rollout_workers if ray is not None else 0
+    if ray is not None and ray.rollout_workers:
+        return RayEngine(model, config, ray)
     if config.engine == "vllm":
-        if workers:
-            raise ConfigError("ray.rollout_workers are 'hf' engines, and rollout.engine is 'vllm': set one of them")
         return VLLMEngine(model, config.vllm)
-    if ray is not None and workers:
-        return RayEngine(model, ray, config.batch_size, config.turn_cache_mb)
     return HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)

@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import islice
@@ -35,10 +36,12 @@ from agentopd.build import build_policy
 from agentopd.config.load import resolve_objective
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.run import LearnerConfig, RolloutConfig
-from agentopd.contracts import GenerationRequest, SamplingParams, ScoredEpisode
+from agentopd.contracts import Generation, GenerationRequest, SamplingParams, ScoredEpisode
+from agentopd.engines import HFEngine
 from agentopd.learner.deepspeed import DeepSpeedLearner
 from agentopd.memory import keep_freed_memory
-from agentopd.models import load_tokenizer
+from agentopd.models import load_model, load_tokenizer
+from agentopd.objective.masks import ClassifyTokens
 from agentopd.teachers.local import LocalTeacher
 from agentopd.types import Episode, StopReason, Turn, Verdict, VerdictStatus
 from agentopd_envs.code_repair import CodeRepairEnvironment
@@ -58,51 +61,77 @@ WHOLE: dict[str, Any] = {"divergence": {"kind": "full_rkl"}}
 TOP: dict[str, Any] = {"divergence": {"kind": "topk_rkl", "top_k": TOP_K, "tail": "bucket"}}
 
 
+@dataclass(frozen=True)
+class Speech:
+    """How answers are sampled and read, and by which clock."""
+
+    params: SamplingParams
+    classify: ClassifyTokens
+    pad_id: int
+    now: Callable[[], float] = time.process_time
+
+
 class Ours:
     """AgentOPD's engine, teacher and learner, without environments and judges, of which TRL has none here."""
 
-    def __init__(self, model: str, teacher: str, prompts: Sequence[tuple[int, ...]], new: int, whole: bool) -> None:
-        self.policy, self._prompts, self._step = build_policy(model, "float32", RolloutConfig()), prompts, 0
-        opposite = build_policy(teacher, "float32", RolloutConfig()).model
-        self._teacher = LocalTeacher("teacher", opposite, keep_hidden=whole)
+    def __init__(
+        self, student: Any, teacher: Any, prompts: Sequence[tuple[int, ...]], speech: Speech, whole: bool
+    ) -> None:
+        self.engine, self._prompts, self._speech, self._step = HFEngine(student), prompts, speech, 0
+        self._teacher = LocalTeacher("teacher", teacher, keep_hidden=whole)
         bounds = resolve_objective("topk_opd").model_dump()
         self._objective = ObjectiveConfig.model_validate({**bounds, **(WHOLE if whole else TOP)})
         heads = {"teacher": self._teacher.head} if whole else {}
-        config = LearnerConfig(lr=LR, warmup_steps=0)
-        self._learner = DeepSpeedLearner(self.policy.model, config, self._objective, 1000, heads)
-        self._params = SamplingParams(max_tokens=new, stop_ids=self.policy.renderer.end_of_turn_ids)
-        self._classify = self.policy.classify()
+        self._learner = DeepSpeedLearner(student, LearnerConfig(lr=LR, warmup_steps=0), self._objective, 1000, heads)
+        self.spent = dict.fromkeys(("rollout", "teacher", "learner"), 0.0)
+        """Seconds of each part so far, by the clock of ``speech``."""
 
     def step(self, size: int) -> tuple[float, int]:
-        """CPU seconds and completion tokens of the next ``size`` prompts."""
-        started = time.process_time()
+        """Seconds and completion tokens of the next ``size`` prompts."""
+        now = self._speech.now
+        started = now()
         first = self._step * size
         asked = [
-            GenerationRequest(self._prompts[n % len(self._prompts)], self._params, n)
+            GenerationRequest(self._prompts[n % len(self._prompts)], self._speech.params, n)
             for n in range(first, first + size)
         ]
-        episodes = [
-            Episode(
-                id=str(request.seed),
-                task_id=str(request.seed),
-                task_hash=str(request.seed),
-                env="e2e",
-                split="train",
-                skill="e2e",
-                prompt_ids=tuple(request.token_ids),
-                turns=(Turn(token_ids=made.token_ids, rollout_logprobs=made.logprobs),),
-                stop_reason=StopReason.COMPLETED if made.finish_reason == "stop" else StopReason.MAX_TOKENS,
-            )
-            for request, made in zip(asked, self.policy.engine.generate_now(asked), strict=True)  # type: ignore[attr-defined]
-        ]
-        self.policy.engine.sleep()
+        episodes = [played(request, made) for request, made in zip(asked, self.engine.generate_now(asked), strict=True)]
+        self.engine.sleep()
+        sampled = now()
         evidence = asyncio.run(self._teacher.score(episodes, self._objective.top_k))
+        answered = now()
         scored = [ScoredEpisode(episode, UNJUDGED, found) for episode, found in zip(episodes, evidence, strict=True)]
-        batch = build_batch(scored, self._objective, {"e2e": 1.0}, self._classify, self.policy.pad_id)
+        batch = build_batch(scored, self._objective, {"e2e": 1.0}, self._speech.classify, self._speech.pad_id)
         self._learner.step(batch)
         self._step += 1
-        self.policy.engine.sync_weights(self._step)
-        return time.process_time() - started, sum(episode.num_sampled for episode in episodes)
+        self.engine.sync_weights(self._step)
+        ended = now()
+        for part, seconds in zip(self.spent, (sampled - started, answered - sampled, ended - answered), strict=True):
+            self.spent[part] += seconds
+        return ended - started, sum(episode.num_sampled for episode in episodes)
+
+
+def played(request: GenerationRequest, made: Generation) -> Episode:
+    """One turn as an episode."""
+    return Episode(
+        id=str(request.seed),
+        task_id=str(request.seed),
+        task_hash=str(request.seed),
+        env="e2e",
+        split="train",
+        skill="e2e",
+        prompt_ids=tuple(request.token_ids),
+        turns=(Turn(token_ids=made.token_ids, rollout_logprobs=made.logprobs),),
+        stop_reason=StopReason.COMPLETED if made.finish_reason == "stop" else StopReason.MAX_TOKENS,
+    )
+
+
+def from_disk(model: str, teacher: str, prompts: Sequence[tuple[int, ...]], new: int, whole: bool) -> Ours:
+    """Ours with models and tokenizer of two directories."""
+    policy = build_policy(model, "float32", RolloutConfig())
+    params = SamplingParams(max_tokens=new, stop_ids=policy.renderer.end_of_turn_ids)
+    speech = Speech(params, policy.classify(), policy.pad_id)
+    return Ours(policy.model, load_model(teacher, "float32"), prompts, speech, whole)
 
 
 def trl_process(pipe: Connection, model: str, teacher: str, prompts: Sequence[str], size: int, settings: dict) -> None:  # type: ignore[type-arg]
@@ -220,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peers: dict[str, TRL] = {}
     with tempfile.TemporaryDirectory() as folder:
         student, teacher, ids, texts = prepared(Path(folder), options.prompts * (options.rounds + 1))
-        ours = {kind: Ours(student, teacher, ids, options.new, kind == "whole") for kind in ("whole", "topk")}
+        ours = {kind: from_disk(student, teacher, ids, options.new, kind == "whole") for kind in ("whole", "topk")}
         try:
             for name in chosen:
                 settings = {"max_completion_length": options.new, "use_vllm": name == "trl_vllm"}

@@ -42,14 +42,14 @@ WHOLE = ObjectiveConfig.model_validate(
 class Case:
     """Inputs of one size, and every way to the loss and its gradients."""
 
-    def __init__(self, positions: int, width: int, vocabulary: int, dtype: torch.dtype) -> None:
+    def __init__(self, positions: int, width: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> None:
         g = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(positions, width, generator=g).to(dtype).requires_grad_()
-        self.weight = (torch.randn(vocabulary, width, generator=g) / width**0.5).to(dtype).requires_grad_()
-        self.teacher_hidden = torch.randn(positions, width, generator=g).to(dtype)
+        self.hidden = torch.randn(positions, width, generator=g).to(device, dtype).requires_grad_()
+        self.weight = (torch.randn(vocabulary, width, generator=g) / width**0.5).to(device, dtype).requires_grad_()
+        self.teacher_hidden = torch.randn(positions, width, generator=g).to(device, dtype)
         self.teacher_weight = self.weight.detach().roll(1, 0)
-        self.ids = torch.randint(vocabulary, (positions, TOP_K), generator=g)
-        self.teacher = torch.randn(positions, 2 * TOP_K, generator=g).log_softmax(-1)[:, :TOP_K]
+        self.ids = torch.randint(vocabulary, (positions, TOP_K), generator=g).to(device)
+        self.teacher = torch.randn(positions, 2 * TOP_K, generator=g).log_softmax(-1)[:, :TOP_K].to(device)
         self.target = self.ids[:, 0]
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,12 +106,21 @@ class Case:
         mean = loss(self.hidden, self.weight, self.teacher_hidden, self.teacher_weight, self.target)
         return self.gradients(mean * len(self.hidden))
 
+    def liger_triton(self) -> tuple[Tensor, Tensor]:
+        """Liger's Triton kernel for the same divergence; on a GPU alone."""
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        loss = LigerFusedLinearJSD(jsd_beta=0.5)
+        mean = loss(self.hidden, self.weight, self.teacher_hidden, self.teacher_weight)
+        return self.gradients(mean * len(self.hidden))
+
     def _head(self, objective: ObjectiveConfig) -> FusedHead:
-        positions = len(self.hidden)
+        positions, device = len(self.hidden), self.hidden.device
         batch: Any = SimpleNamespace(
-            target_N=self.target, teacher_topk_ids_NK=self.ids, row_N=torch.arange(positions) // ROW,
-            teacher_N=torch.zeros(positions, dtype=torch.int64), teachers=("teacher",),
-            teacher_hidden_NG=self.teacher_hidden, supervised_N=torch.ones(positions, dtype=torch.bool),
+            target_N=self.target, teacher_topk_ids_NK=self.ids, row_N=torch.arange(positions, device=device) // ROW,
+            teacher_N=torch.zeros(positions, dtype=torch.int64, device=device), teachers=("teacher",),
+            teacher_hidden_NG=self.teacher_hidden,
+            supervised_N=torch.ones(positions, dtype=torch.bool, device=device),
         )  # fmt: skip
         return FusedHead(Head(self.weight, None), batch, objective, {"teacher": Head(self.teacher_weight, None)})
 

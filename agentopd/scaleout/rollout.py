@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from agentopd.attention import ATTENTION
+from agentopd.config.run import RolloutConfig
 from agentopd.config.scaleout import RayConfig
 from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines import HFEngine
-from agentopd.errors import EngineError
+from agentopd.errors import ConfigError, EngineError
 from agentopd.models import default_device
 from agentopd.scaleout.pool import ActorPool, Placement, connect
 from agentopd.weights import full_weights
@@ -62,13 +63,17 @@ class RayEngine:
 
     lockstep = True
 
-    def __init__(self, model: Any, config: RayConfig, batch_size: int, turn_cache_mb: int) -> None:
+    def __init__(self, model: Any, rollout: RolloutConfig, config: RayConfig) -> None:
+        if rollout.engine != "hf":
+            raise ConfigError(
+                f"ray.rollout_workers are 'hf' engines, and rollout.engine is {rollout.engine!r}: set one"
+            )
         self.max_context = HFEngine(model).max_context
         self.weight_version = 0
         self._model, self._count = model, config.rollout_workers
         self._ray = connect(config)
         placement = Placement(config.rollout_workers, config.rollout_resource, config.gpus_per_rollout_worker)
-        arguments = (model.config, next(model.parameters()).dtype, batch_size, turn_cache_mb)
+        arguments = (model.config, next(model.parameters()).dtype, rollout.batch_size, rollout.turn_cache_mb)
         self._pool = ActorPool(RolloutWorker, arguments, placement, config, EngineError)
         self._homes: dict[str, int] = {}
         self._weights = self._put()

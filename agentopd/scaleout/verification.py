@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Mapping, Sequence
+from inspect import signature
 
+from agentopd.config.run import SandboxConfig
 from agentopd.config.scaleout import RayConfig
 from agentopd.contracts import Case, CaseResult, Program, Sandbox, SandboxLimits, Verifier
-from agentopd.errors import RegistryError, SandboxError
-from agentopd.registry import environments, verifiers
+from agentopd.errors import ConfigError, RegistryError, SandboxError
+from agentopd.registry import environments, sandboxes, verifiers
 from agentopd.scaleout.pool import ActorPool, Placement
 from agentopd.types import Episode, Task, Verdict
 
 
-class VerificationWorker:
-    """What runs there. ``make_sandbox`` makes its sandbox, not started."""
+def local_sandbox(config: SandboxConfig, libraries: Mapping[str, str]) -> Sandbox:
+    """A backend in this process, not started; ``libraries`` leads from a package to a skill that needs it.
 
-    def __init__(self, make_sandbox: Callable[[], Sandbox]) -> None:
-        self._sandbox = make_sandbox()
+    Raises ``ConfigError`` for a setting that the backend does not have.
+    """
+    workers = config.workers or os.cpu_count() or 1
+    limits = SandboxLimits(wall_s=config.wall_s, cpu_s=config.wall_s, memory_mb=config.memory_mb)
+    backend = sandboxes.get(config.backend)
+    options = {key: value for key in ("hosts", "runtime") if (value := getattr(config, key))}
+    known = signature(backend).parameters.keys()
+    for key in options.keys() - known:
+        raise ConfigError(f"sandbox.{key} has no effect on the backend {config.backend!r}; leave it out")
+    if libraries and "libraries" not in known:
+        name, skill = next(iter(libraries.items()))
+        raise ConfigError(
+            f"skill {skill!r} needs the library {name!r} in the sandbox, which the backend {config.backend!r} "
+            "cannot offer; use the jail"
+        )
+    if libraries:
+        options["libraries"] = tuple(libraries)
+    sandbox: Sandbox = backend(workers=workers, limits=limits, **options)
+    return sandbox
+
+
+class VerificationWorker:
+    """What runs there: one sandbox, and verifiers as they are asked for."""
+
+    def __init__(self, config: SandboxConfig, libraries: Mapping[str, str]) -> None:
+        self._sandbox = local_sandbox(config, libraries)
         self._verifiers: dict[str, Verifier] = {}
 
     async def start(self) -> tuple[str, frozenset[str]]:
@@ -67,7 +94,14 @@ class RaySandbox:
 
     def __init__(self, pool: ActorPool) -> None:
         self.pool = pool
+        """Of ``VerificationWorker``."""
         self._capabilities: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, ray: RayConfig, config: SandboxConfig, libraries: Mapping[str, str]) -> RaySandbox:
+        """The judges that ``ray`` asks for, each with the sandbox of ``config``. Raises ``ConfigError`` without Ray."""
+        placement = Placement(ray.verification_workers, ray.verification_resource)
+        return cls(ActorPool(VerificationWorker, (config, dict(libraries)), placement, ray, SandboxError))
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -89,12 +123,6 @@ class RaySandbox:
     async def aclose(self) -> None:
         """End the workers."""
         await self.pool.aclose()
-
-
-def verification_pool(config: RayConfig, make_sandbox: Callable[[], Sandbox]) -> ActorPool:
-    """The judges that ``config`` asks for. Raises ``ConfigError`` where there is no Ray."""
-    placement = Placement(config.verification_workers, config.verification_resource)
-    return ActorPool(VerificationWorker, (make_sandbox,), placement, config, SandboxError)
 
 
 def _verifier(env: str, name: str) -> Verifier:

@@ -1,0 +1,100 @@
+"""Learner and judge with nothing between them but a cable: two network namespaces and a pair of virtual interfaces."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentopd.build import Judge, build_sandbox
+from agentopd.config.run import SandboxConfig
+from agentopd.evaluate import evaluate_script, heldout_tasks
+from agentopd.rendering import HermesJSON
+from tests.scaleout.conftest import PATHS, STORE
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("default")]
+HEAD, JUDGE, PORT = "10.213.7.1", "10.213.7.2", 6379
+
+
+def ip(*words: str) -> str:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+@pytest.fixture
+def namespaces():
+    """The names of two namespaces that see each other and nobody else; what ran in them is killed."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and the command ip")
+    names = [f"opd{os.getpid()}{end}" for end in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
+    except OSError as exc:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        pytest.skip(f"this machine makes no network namespaces: {exc}")
+    for name, address in zip(names, (HEAD, JUDGE), strict=True):
+        ip("link", "set", name, "netns", name)
+        ip("-n", name, "addr", "add", f"{address}/24", "dev", name)
+        ip("-n", name, "link", "set", name, "up")
+        ip("-n", name, "link", "set", "lo", "up")
+    yield names
+    for name in names:
+        for pid in ip("netns", "pids", name).split():
+            os.kill(int(pid), signal.SIGKILL)
+        ip("netns", "del", name)
+
+
+def test_workers_in_network_namespaces_of_their_own(namespaces, skills, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentopd[ray]'")
+    learner, judge = namespaces
+    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "120"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+
+    def run(where: str, *command: str) -> subprocess.Popen[str]:
+        words = ["ip", "netns", "exec", where, *command]
+        return subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def start(where: str, *options: str) -> None:
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--object-store-memory", str(STORE)]
+        process = run(where, *ray, *options)
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+
+    temporary = Path("/tmp") / namespaces[0]  # a path of sockets, which has to be short
+    try:
+        start(learner, "--head", "--node-ip-address", HEAD, "--port", str(PORT), "--num-cpus", "0",
+              "--include-dashboard", "false", "--temp-dir", str(temporary))  # fmt: skip
+        start(judge, "--address", f"{HEAD}:{PORT}", "--node-ip-address", JUDGE, "--num-cpus", "1",
+              "--resources", '{"judge": 1}')  # fmt: skip
+        driver = run(learner, sys.executable, "-m", "tests.scaleout.driver", f"{HEAD}:{PORT}")
+        said, _ = driver.communicate(timeout=200)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    assert driver.returncode == 0, said
+    found = json.loads(said.strip().splitlines()[-1])
+    assert found["here"] != found["there"]
+    assert found["verdict"] == in_process(skills)
+
+
+def in_process(skills):
+    """The verdict on the same task here."""
+    repair = {"repair": skills["repair"]}
+    judge = Judge(repair.values(), build_sandbox(SandboxConfig(backend="unsafe", workers=1), repair.values()))
+
+    async def play():
+        tasks = heldout_tasks(repair.values(), 1, 0)
+        ((_, verdict),) = await evaluate_script("gold", repair, tasks, judge, HermesJSON())
+        await judge.sandbox.aclose()
+        return verdict.model_dump(mode="json")
+
+    return asyncio.run(play())
