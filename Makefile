@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks docs
 
-.PHONY: quickstart install test test-long test-vllm test-fast check format docs bench micro certificates clean
+.PHONY: quickstart install test test-long test-ray test-vllm test-fast check format docs bench micro certificates clean
 
 quickstart: install  ## the whole loop on a CPU: train, measure what was kept, write report.html
 	$(BIN)/agentopd train configs/quickstart.toml
@@ -31,6 +31,10 @@ test: install  ## every tier this machine can run; the others say why they were 
 
 test-long: install  ## the slow tests on more cases: minutes
 	$(PYTEST) -m long
+
+test-ray: install  ## the tests that need Ray, which it installs
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e ".[ray]" "$(TORCH)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 test-vllm: $(VLLM_VENV)/.installed  ## the tests that need vLLM, in a virtual environment of their own
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm

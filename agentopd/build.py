@@ -97,6 +97,7 @@ class Judge:
     def __init__(self, skills: Iterable[Skill], sandbox: Sandbox) -> None:
         self._skills = {skill.name: skill for skill in skills}
         self._verifiers: dict[str, Verifier] = {}
+        self._elsewhere: dict[tuple[str, str], Verifier] = {}
         self.sandbox = sandbox
 
     def verifier(self, skill: str, task: Task) -> Verifier:
@@ -106,18 +107,25 @@ class Judge:
             self._verifiers[name] = verifiers.get(name)()
         return self._verifiers[name]
 
+    async def __call__(self, task: Task, episode: Episode) -> Verdict:
+        """The verdict on one finished episode; machinery faults come back without an outcome."""
+        verifier = self._judging(episode.skill, task)
+        return await judge(task, episode, verifier, self.sandbox if verifier.needs_sandbox else None)
+
+    def _judging(self, skill: str, task: Task) -> Verifier:
+        """The verifier, or who stands for it where its work is done elsewhere."""
+        verifier = self.verifier(skill, task)
+        if not isinstance(self.sandbox, RaySandbox):
+            return verifier
+        env, name = self._skills[skill].config.env, self._name(skill, task)
+        if (env, name) not in self._elsewhere:
+            self._elsewhere[env, name] = RayVerifier.instead_of(verifier, self.sandbox.pool, env, name)
+        return self._elsewhere[env, name]
+
     def _name(self, skill: str, task: Task) -> str:
         config, env = self._skills[skill].config, self._skills[skill].env
         name: str = config.verifier or env.verifier_for(task)  # type: ignore[attr-defined]
         return name
-
-    async def __call__(self, task: Task, episode: Episode) -> Verdict:
-        """The verdict on one finished episode; machinery faults come back without an outcome."""
-        verifier = self.verifier(episode.skill, task)
-        if isinstance(self.sandbox, RaySandbox):
-            env = self._skills[episode.skill].config.env
-            verifier = RayVerifier(self.sandbox.pool, env, self._name(episode.skill, task))
-        return await judge(task, episode, verifier, self.sandbox if verifier.needs_sandbox else None)
 
     def compare(self, judged: Sequence[tuple[Episode, Verdict]], tasks: Mapping[str, Task]) -> list[Verdict]:
         """The verdicts, in order, each group's set against one another where its verifier does that.

@@ -101,8 +101,9 @@ class ActorPool:
         """End all workers; idempotent."""
         slots, self._slots = self._slots, []
         for slot in slots:
-            with suppress(Exception):  # whatever became of it, it is killed next
-                await _within(slot.actor.aclose.remote().future(), self._config.health_s)
+            if slot.alive:
+                with suppress(Exception):  # whatever became of it, it is killed next
+                    await _within(slot.actor.aclose.remote().future(), self._config.health_s)
             self._ray.kill(slot.actor)
 
     def _new(self) -> _Slot:
@@ -170,7 +171,7 @@ class ActorPool:
     def _translated(self, exc: BaseException) -> BaseException:
         """The worker's own exception, or a fault of the cluster as the pool's error."""
         if isinstance(exc, self._ray.exceptions.RayTaskError):
-            return exc.cause  # type: ignore[attr-defined, no-any-return]
+            return exc.cause  # type: ignore[no-any-return]
         return self._error(f"{type(exc).__name__}: {exc}") if self._is_loss(exc) else exc
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from typing import ClassVar
 
 from agentopd.config.run import SandboxConfig
 from agentopd.config.scaleout import RayConfig
@@ -54,11 +55,11 @@ class VerificationWorker:
     async def ping(self) -> None:
         """It lives."""
 
-    async def verify(self, env: str, name: str, task: Task, episode: Episode) -> Verdict:
-        """The verdict of the verifier ``name``, which the environment ``env`` may register."""
-        if name not in self._verifiers:
-            self._verifiers[name] = _verifier(env, name)
-        verifier = self._verifiers[name]
+    async def verify(self, env: str, key: str, task: Task, episode: Episode) -> Verdict:
+        """The verdict of the verifier registered as ``key``, maybe by the environment ``env``."""
+        if key not in self._verifiers:
+            self._verifiers[key] = _verifier(env, key)
+        verifier = self._verifiers[key]
         return await verifier.verify(task, episode, self._sandbox if verifier.needs_sandbox else None)
 
     async def run_cases(
@@ -73,24 +74,31 @@ class VerificationWorker:
 
 
 class RayVerifier:
-    """A ``Verifier`` whose work is done by a pool of ``VerificationWorker``."""
+    """A ``Verifier`` whose work is done by a pool of ``VerificationWorker``; ``key`` is what the registry calls it."""
 
-    version = "worker's"
-    needs_sandbox = False
+    name: ClassVar[str] = "ray"
+    version: ClassVar[str] = ""
+    needs_sandbox: ClassVar[bool] = False
 
-    def __init__(self, pool: ActorPool, env: str, name: str) -> None:
-        self._pool, self._env, self.name = pool, env, name
+    def __init__(self, pool: ActorPool, env: str, key: str) -> None:
+        self._pool, self._env, self._key = pool, env, key
+
+    @classmethod
+    def instead_of(cls, verifier: Verifier, pool: ActorPool, env: str, key: str) -> RayVerifier:
+        """One that goes by the name of ``verifier``, whose faults are told by it."""
+        named = type(cls.__name__, (cls,), {"name": verifier.name, "version": verifier.version})
+        return named(pool, env, key)
 
     async def verify(self, task: Task, episode: Episode, sandbox: Sandbox | None) -> Verdict:
         """A worker's verdict. Raises ``SandboxError`` where worker after worker is lost."""
-        verdict: Verdict = await self._pool.call("verify", self._env, self.name, task, episode)
+        verdict: Verdict = await self._pool.call("verify", self._env, self._key, task, episode)
         return verdict
 
 
 class RaySandbox:
     """A ``Sandbox`` for environments, whose programs run where the pool's workers are."""
 
-    name = "ray"
+    name: ClassVar[str] = "ray"
 
     def __init__(self, pool: ActorPool) -> None:
         self.pool = pool
@@ -125,10 +133,10 @@ class RaySandbox:
         await self.pool.aclose()
 
 
-def _verifier(env: str, name: str) -> Verifier:
+def _verifier(env: str, key: str) -> Verifier:
     try:
-        found: Verifier = verifiers.get(name)()
+        found: Verifier = verifiers.get(key)()
     except RegistryError:
         environments.get(env)  # importing it registers what it brings along
-        found = verifiers.get(name)()
+        found = verifiers.get(key)()
     return found

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def namespaces():
         for pid in ip("netns", "pids", name).split():
             os.kill(int(pid), signal.SIGKILL)
         ip("netns", "del", name)
+    shutil.rmtree(folder(names[0]), ignore_errors=True)
+
+
+def folder(name: str) -> Path:
+    """Where Ray has its sockets, whose paths have to be short."""
+    return Path(tempfile.gettempdir()) / name
 
 
 def test_workers_in_network_namespaces_of_their_own(namespaces, skills, tmp_path):
@@ -60,27 +67,24 @@ def test_workers_in_network_namespaces_of_their_own(namespaces, skills, tmp_path
     environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "120"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
 
-    def run(where: str, *command: str) -> subprocess.Popen[str]:
-        words = ["ip", "netns", "exec", where, *command]
-        return subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    temporary = folder(learner)
+    ray = f"{sys.executable} -m ray.scripts.scripts start --object-store-memory {STORE}"
+    head = f"{ray} --head --node-ip-address {HEAD} --port {PORT} --num-cpus 0 --include-dashboard false"
+    # Two machines have two disks: Ray keeps the address of the node it is on in a file.
+    other_disk = f"mkdir -p {temporary} && mount -t tmpfs tmpfs {temporary}"
+    room = """--num-cpus 1 --resources '{"judge": 1}'"""
 
-    def start(where: str, *options: str) -> None:
-        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--object-store-memory", str(STORE)]
-        process = run(where, *ray, *options)
-        said, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, said
+    def run(where: str, command: str) -> str:
+        log = tmp_path / "log"
+        with log.open("w") as out:  # not a pipe, which what stays behind would keep open
+            words = ["ip", "netns", "exec", where, "sh", "-c", command]
+            done = subprocess.run(words, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=200)
+        assert done.returncode == 0, log.read_text()
+        return log.read_text()
 
-    temporary = Path("/tmp") / namespaces[0]  # a path of sockets, which has to be short
-    try:
-        start(learner, "--head", "--node-ip-address", HEAD, "--port", str(PORT), "--num-cpus", "0",
-              "--include-dashboard", "false", "--temp-dir", str(temporary))  # fmt: skip
-        start(judge, "--address", f"{HEAD}:{PORT}", "--node-ip-address", JUDGE, "--num-cpus", "1",
-              "--resources", '{"judge": 1}')  # fmt: skip
-        driver = run(learner, sys.executable, "-m", "tests.scaleout.driver", f"{HEAD}:{PORT}")
-        said, _ = driver.communicate(timeout=200)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    assert driver.returncode == 0, said
+    run(learner, f"{head} --temp-dir {temporary}")
+    run(judge, f"{other_disk} && {ray} --address {HEAD}:{PORT} --node-ip-address {JUDGE} {room}")
+    said = run(learner, f"{sys.executable} -m tests.scaleout.driver {HEAD}:{PORT}")
     found = json.loads(said.strip().splitlines()[-1])
     assert found["here"] != found["there"]
     assert found["verdict"] == in_process(skills)
