@@ -86,7 +86,7 @@ class RayVerifier:
     @classmethod
     def instead_of(cls, verifier: Verifier, pool: ActorPool, env: str, key: str) -> RayVerifier:
         """One that goes by the name of ``verifier``, whose faults are told by it."""
-        named = type(cls.__name__, (cls,), {"name": verifier.name, "version": verifier.version})
+        named: type[RayVerifier] = type(cls.__name__, (cls,), {"name": verifier.name, "version": verifier.version})
         return named(pool, env, key)
 
     async def verify(self, task: Task, episode: Episode, sandbox: Sandbox | None) -> Verdict:
