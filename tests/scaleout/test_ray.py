@@ -7,13 +7,20 @@ import pytest
 import torch
 
 from agentopd.build import Judge, build_engine, build_sandbox
+from agentopd.config import load_run_config
 from agentopd.config.run import RolloutConfig, SandboxConfig
 from agentopd.config.scaleout import RayConfig
+from agentopd.console import make_console
 from agentopd.contracts import Case, GenerationRequest, Program, SamplingParams
 from agentopd.errors import ConfigError
 from agentopd.evaluate import evaluate_script, heldout_tasks
 from agentopd.rendering import HermesJSON
+from agentopd.runs import Run
+from agentopd.tracking import read_jsonl
+from agentopd.train import train
 from agentopd.types import VerdictStatus
+from benchmarks.faults import UNTIMED
+from tests.scaleout.conftest import ROOT
 from tests.tiny import qwen3
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -130,6 +137,24 @@ def test_samples_equal_those_in_process_over_an_update_and_a_loss(cluster, machi
         assert [x.weight_version for x in theirs] == [x.weight_version for x in mine]
         for a, b in zip(mine, theirs, strict=True):
             assert b.logprobs == pytest.approx(a.logprobs, abs=1e-4)
+
+
+def test_a_run_with_workers_is_the_run_without(cluster, machines, tmp_path):
+    resource, _ = machines(2)
+    tiny = ("train.steps=1", "train.prompts_per_step=3", "rollout.group_size=2", "eval.tasks_per_skill=1", "threads=1")
+    workers = (
+        *(f"ray.{kind}_workers=1" for kind in ("rollout", "verification")),
+        *(f"ray.{kind}_resource={resource}" for kind in ("rollout", "verification")),
+        f"ray.address={cluster.address}",
+    )
+    found = {}
+    for name, more in {"without": (), "with": workers}.items():
+        overrides = ["objective.stages=[]", *tiny, *more, f"run_dir={tmp_path / name}", "eval.start_kl=false"]
+        run = Run.start(load_run_config(ROOT / "configs/quickstart.toml", overrides))
+        asyncio.run(train(run, make_console(plain=True)))
+        rows = read_jsonl(run.root / "metrics.jsonl")
+        found[name] = [{key: row[key] for key in row if not key.startswith(UNTIMED)} for row in rows]
+    assert found["with"] == found["without"]
 
 
 async def both(here, there, asked):
