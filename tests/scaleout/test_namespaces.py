@@ -68,7 +68,9 @@ def test_workers_in_network_namespaces_of_their_own(namespaces, skills, tmp_path
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
 
     temporary = folder(learner)
-    ray = f"{sys.executable} -m ray.scripts.scripts start --object-store-memory {STORE}"
+    ports = "--dashboard-agent-grpc-port 7001 --dashboard-agent-listen-port 7002 --runtime-env-agent-port 7003 "
+    ports += "--metrics-export-port 7004"
+    ray = f"{sys.executable} -m ray.scripts.scripts start --object-store-memory {STORE} {ports}"
     head = f"{ray} --head --node-ip-address {HEAD} --port {PORT} --num-cpus 0 --include-dashboard false"
     # Two machines have two disks: Ray keeps the address of the node it is on in a file.
     other_disk = f"mkdir -p {temporary} && mount -t tmpfs tmpfs {temporary}"
