@@ -63,6 +63,16 @@ def load_model(name: str, dtype: str) -> Any:
     return model.eval().to(default_device())
 
 
+def load_shape(name: str) -> Any:
+    """The config of a causal language model, without its weights. Raises ``ConfigError``."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve_model(name)).get_text_config()
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(exc)}") from None
+
+
 def settle_dtype(name: str) -> str:
     """The dtype a config means here: ``auto`` is bfloat16 wherever the hardware computes in it, else float32.
 

@@ -13,6 +13,7 @@ from agentopd.config.learner import LearnerConfig
 from agentopd.config.model import ModelConfig
 from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
 from agentopd.config.retention import GuardConfig, ReplayConfig, StageConfig
+from agentopd.config.scaleout import RayConfig
 from agentopd.config.suite import SkillConfig, SuiteConfig
 from agentopd.config.teachers import AnyTeacherConfig, JudgeConfig, ServedTeacherConfig, TeacherConfig
 
@@ -155,6 +156,7 @@ class RunConfig(Section):
     """Stages of a continual run, in order; none trains every new skill at once for ``train.steps``."""
     eval: EvalConfig = EvalConfig()
     sandbox: SandboxConfig = SandboxConfig()
+    ray: RayConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
 

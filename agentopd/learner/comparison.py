@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from agentopd.learner.head import LogSoftmax, vocabulary_blocks
+from agentopd.learner.head import LogSoftmax
+from agentopd.learner.products import vocabulary_blocks
 from agentopd.objective.divergences import Kernel
 
 

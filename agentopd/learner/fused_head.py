@@ -27,8 +27,10 @@ from agentopd.config.objective import Blocks
 from agentopd.config.objective_blocks import NoDivergence
 from agentopd.config.objective_data import GOLD
 from agentopd.errors import ConfigError
+from agentopd.learner import products
 from agentopd.learner.comparison import Comparison, Merged, Nowhere, Pointwise
-from agentopd.learner.head import Head, LogSoftmax, chunk_size, fine, head_logprobs, vocabulary_blocks
+from agentopd.learner.head import Head, LogSoftmax, chunk_size, fine, head_logprobs
+from agentopd.learner.products import vocabulary_blocks
 from agentopd.objective.divergences import kernel
 from agentopd.objective.gold import gold_divergence, rest_logprobs
 from agentopd.objective.streams import Batch
@@ -191,16 +193,11 @@ class _Gradients:
 
     def add(self, start: int, hidden_cH: Tensor, slope_cV: Tensor) -> None:
         """The share of the positions from ``start``, given the loss's gradient on their logits."""
-        torch.mm(slope_cV, self._weight, out=self.hidden_NH[start : start + len(hidden_cH)])
+        products.into_hidden(slope_cV, self._weight, self.hidden_NH[start : start + len(hidden_cH)])
         if self.bias_V is not None:
             self.bias_V += slope_cV.sum(0, dtype=self.bias_V.dtype)
-        if self.weight_VH is None:
-            return
-        for block in vocabulary_blocks(slope_cV):
-            if self.weight_VH.dtype == hidden_cH.dtype:
-                self.weight_VH[block].addmm_(slope_cV[:, block].t(), hidden_cH)
-            else:
-                self.weight_VH[block] += slope_cV[:, block].t() @ hidden_cH
+        if self.weight_VH is not None:
+            products.add_to_weight(self.weight_VH, slope_cV, hidden_cH)
 
 
 class _Fused(torch.autograd.Function):
