@@ -232,11 +232,13 @@ def build_policy(
 
 def build_engine(model: Any, config: RolloutConfig, ray: RayConfig | None = None) -> Engine:
     """The configured engine, sampling from ``model``. Raises ``ConfigError`` where it is not installed."""
-    from agentopd.engines import HFEngine, VLLMEngine
+    from agentopd.engines import HFEngine, VLLMEngine, VLLMServersEngine
     from agentopd.scaleout.rollout import RayEngine
 
     if ray is not None and ray.rollout_workers:
         return RayEngine(model, config, ray)
     if config.engine == "vllm":
         return VLLMEngine(model, config.vllm)
+    if config.engine == "vllm_servers":
+        return VLLMServersEngine(model, config.vllm, config.servers)
     return HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)

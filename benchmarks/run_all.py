@@ -14,14 +14,18 @@ from pathlib import Path
 
 NAMES = (
     *("rollout", "learner_step", "loss_head", "e2e_step", "packing", "score", "transport", "growth", "sandbox"),
-    *("episodes", "faults"),
+    *("episodes", "weight_sync", "faults"),
 )
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
     RESULTS.mkdir(exist_ok=True)
-    machine: dict[str, object] = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine: dict[str, object] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     for name in sys.argv[1:] or NAMES:
         print(f"== {name}")
         done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], capture_output=True, text=True)
