@@ -12,8 +12,8 @@ from agentopd.config.learner import LearnerConfig
 from agentopd.config.model import ModelConfig
 from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
 from agentopd.config.retention import GuardConfig, ReplayConfig, StageConfig
-from agentopd.config.scaleout import RayConfig
 from agentopd.config.rollout import RolloutConfig
+from agentopd.config.scaleout import RayConfig
 from agentopd.config.suite import SkillConfig, SuiteConfig
 from agentopd.config.teachers import AnyTeacherConfig, JudgeConfig, ServedTeacherConfig, TeacherConfig
 

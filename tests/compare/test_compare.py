@@ -237,7 +237,7 @@ def test_a_record_that_is_none_is_an_error(tmp_path):
     path = comparison(tmp_path, **RECORD)
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/demo.json").write_text('{"arms": 1}')
-    with pytest.raises(ConfigError, match="demo.json' holds no results"):
+    with pytest.raises(ConfigError, match="holds no results of a comparison"):
         gather(make_plan(path))
 
 
