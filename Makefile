@@ -15,7 +15,7 @@ ADAPTER_TESTS := tests/adapters tests/envs/test_rows.py tests/envs/test_bfcl_mul
   tests/test_keeping.py::test_real_embeddings_prefer_the_prompts_alike tests/certify/test_mutants.py::test_ten_mutants_of_bfcl_multi_turn_are_caught
 SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks docs
 
-.PHONY: quickstart install test test-long test-adapters test-vllm test-fast check format docs bench micro certificates clean
+.PHONY: quickstart install test test-long test-adapters test-ray test-vllm test-fast check format docs bench micro certificates clean
 
 quickstart: install  ## the whole loop on a CPU: train, measure what was kept, write report.html
 	$(BIN)/agentopd train configs/quickstart.toml
@@ -50,6 +50,10 @@ $(ADAPTERS_VENV)/.installed: $(STAMP)
 	$(ADAPTERS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c $(ADAPTERS_VENV)/beneath.txt "agentopd[adapters]"
 	$(ADAPTERS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) --no-deps bfcl-eval
 	@touch $@
+
+test-ray: install  ## the tests that need Ray, which it installs
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e ".[ray]" "$(TORCH)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 test-vllm: $(VLLM_VENV)/.installed  ## the tests that need vLLM, in a virtual environment of their own
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm

@@ -19,9 +19,9 @@ MAX_FILE, MAX_OBJECTIVE_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 150, 80, 7
 # The floor of every module of `agentopd`, by its first name below the package (docs/architecture.md).
 FLOORS = {
     "types": 0, "errors": 0,
-    "contracts": 1, "config": 1, "registry": 1,
+    "contracts": 1, "config": 1, "registry": 1, "capacity": 1,
     "objective": 2.0, "rendering": 2.0, "testing": 2.0, "memory": 2.0, "packing": 2.01, "attention": 2.02,
-    "models": 2.05, "weights": 2.06, "learner": 2.1, "engines": 2.2, "teachers": 2.3,
+    "models": 2.05, "weights": 2.06, "learner": 2.1, "engines": 2.2, "scaleout": 2.25, "teachers": 2.3,
     "rollout": 3, "scoring": 3, "batching": 3, "mixture": 3, "evaluation": 3, "checkpoint": 3, "tracking": 3,
     "trackers": 3, "report": 3, "console": 3, "dashboard": 3, "stats": 3,
     "teaching": 4, "demonstrations": 4, "collect": 4, "rubrics": 4, "reaction": 4, "retention": 4, "compare": 4,

@@ -15,6 +15,7 @@ import pytest
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, Sandbox, SandboxLimits
 from agentopd.errors import UserError
 from agentopd_sandboxes import JailSandbox
+from agentopd_sandboxes.jail import AHEAD
 from agentopd_sandboxes.remedies import remedy
 
 pytestmark = pytest.mark.usefixtures("jail_works")
@@ -164,7 +165,7 @@ def test_a_case_under_which_every_worker_dies_is_to_blame() -> None:
             victims: set[Any] = set()
             while len(victims) < 2:
                 await asyncio.sleep(0.02)
-                found = {w for w in sandbox._all - victims if w.used is not None and w.zygote.cells > 1}
+                found = {w for w in sandbox._all - victims if w.used is not None and w.zygote.cells > AHEAD}
                 if found:  # past its self-test: the case is on
                     victims |= found
                     slay(descendants(os.getpid()) - before)
