@@ -85,13 +85,17 @@ async def play(box: Recording, chosen: Chosen) -> None:
     judge = Judge({skill.name: skill for skill, _ in chosen}.values(), box)
     codec, options = HermesJSON(), RolloutOptions(sandbox=box)
 
-    async def one(index: int, skill: Skill, task: Task) -> bool:
+    async def one(index: int, skill: Skill, task: Task) -> str:
         spec = EpisodeSpec(task, skill.env, id=str(index), skill=skill.name)
         episode = await run_scripted(spec, skill.env.gold_turns(task), codec, options=options)  # type: ignore[attr-defined]
-        return (await judge(task, episode)).passed
+        verdict = await judge(task, episode)
+        return "" if verdict.passed else f"{skill.name}: {episode.stop_reason}, {verdict.status}: {verdict.detail}"
 
-    solved = await asyncio.gather(*(one(index, *item) for index, item in enumerate(chosen)))
-    assert all(solved), "a gold trajectory was not judged right"
+    unsolved = [
+        line for line in await asyncio.gather(*(one(index, *item) for index, item in enumerate(chosen))) if line
+    ]
+    if unsolved:
+        raise SystemExit(f"{len(unsolved)} gold trajectories were not judged right: {unsolved[0]}")
 
 
 def mixture(tasks: Tasks, names: Sequence[str], num: int) -> Chosen:
@@ -124,7 +128,7 @@ async def measure(rounds: int, episodes: int, live: int) -> None:
     """Throughput, then memory."""
     skills = load_skills(SuiteConfig(skills=tuple(SkillConfig(name=name, env=name) for name in NAMES)))
     tasks = {name: [(skill, task) for task in skill.tasks("train", live, 0)] for name, skill in skills.items()}
-    box = Recording(build_sandbox(SandboxConfig(), skills.values()))
+    box = Recording(build_sandbox(SandboxConfig(wall_s=60.0), skills.values()))
     try:
         await box.start()
         await play(box, mixture(tasks, NAMES, live))  # Warms up.
