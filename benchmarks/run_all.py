@@ -18,7 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     RESULTS.mkdir(exist_ok=True)
-    machine: dict[str, object] = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine: dict[str, object] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     for name in NAMES:
         print(f"== {name}")
         done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], capture_output=True, text=True)
