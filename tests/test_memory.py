@@ -25,6 +25,7 @@ thread.join()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc's allocator can be told")
 def test_freed_tensors_are_not_faulted_in_again() -> None:
     one = {**os.environ, "OMP_NUM_THREADS": "1"}  # the thread that frees is then the one that allocates
