@@ -1,4 +1,8 @@
-"""The composition root: config in, live parts out. The only module that turns names into concrete things."""
+"""The composition root: config in, live parts out. The only module that turns names into concrete things.
+
+Models and their libraries are imported where one is loaded: who looks at environments or verdicts does not wait for
+them.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentopd.config.model import LoRAConfig
 from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
 from agentopd.config.scaleout import RayConfig
 from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, Verifier
-from agentopd.engines import HFEngine, VLLMEngine
 from agentopd.errors import ConfigError
-from agentopd.models import load_model, load_tokenizer
-from agentopd.objective.masks import ClassifyTokens, TokenClasses
 from agentopd.registry import datasets, environments, tool_codecs, verifiers
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
-from agentopd.scaleout.rollout import RayEngine
 from agentopd.scaleout.verification import RaySandbox, RayVerifier, local_sandbox
 from agentopd.scoring import judge
 from agentopd.types import Episode, Split, Task, Verdict
-from agentopd.weights import add_lora
+
+if TYPE_CHECKING:
+    from agentopd.objective.masks import ClassifyTokens
 
 SENTENCE_ENDS = ("\n", ".", "!", "?", ";")
 """What ends a segment of a turn, for blocks that read a turn in segments."""
@@ -179,6 +181,8 @@ class Policy:
 
         The last only with ``segments``: it decodes every token.
         """
+        from agentopd.objective.masks import TokenClasses
+
         decode = self.tokenizer.decode
         control = frozenset(self.tokenizer.all_special_ids) | frozenset(self.renderer.end_of_turn_ids)
 
@@ -199,6 +203,8 @@ class Policy:
 
     def acting_as(self, model: Any) -> Policy:
         """The same voice with another model: a teacher that is to be measured on the student's tasks."""
+        from agentopd.engines import HFEngine
+
         engine = HFEngine(model, batch_size=self.batch_size)
         return replace(self, model=model, engine=engine)
 
@@ -207,6 +213,9 @@ def build_policy(
     model_name: str, dtype: str, config: RolloutConfig, lora: LoRAConfig | None = None, ray: RayConfig | None = None
 ) -> Policy:
     """Load a student and everything it acts with. Raises ``ConfigError``."""
+    from agentopd.models import load_model, load_tokenizer
+    from agentopd.weights import add_lora
+
     tokenizer = load_tokenizer(model_name)
     codec: ToolCodec = tool_codecs.get(config.codec)()
     renderer = ChatRenderer(tokenizer, codec)
@@ -223,8 +232,13 @@ def build_policy(
 
 def build_engine(model: Any, config: RolloutConfig, ray: RayConfig | None = None) -> Engine:
     """The configured engine, sampling from ``model``. Raises ``ConfigError`` where it is not installed."""
+    from agentopd.engines import HFEngine, VLLMEngine, VLLMServersEngine
+    from agentopd.scaleout.rollout import RayEngine
+
     if ray is not None and ray.rollout_workers:
         return RayEngine(model, config, ray)
     if config.engine == "vllm":
         return VLLMEngine(model, config.vllm)
+    if config.engine == "vllm_servers":
+        return VLLMServersEngine(model, config.vllm, config.servers)
     return HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)

@@ -22,8 +22,14 @@ from agentopd.config.teachers import ServedTeacherConfig, TeacherConfig
 from agentopd.contracts import Teacher
 from agentopd.errors import AgentOPDError
 from agentopd.learner.head import chunk_size_of
-from agentopd.memory import available_bytes
-from agentopd.models import check_same_vocabulary, load_shape, load_tokenizer, settle_dtype, vocabulary_hash
+from agentopd.models import (
+    available_bytes,
+    check_same_vocabulary,
+    load_shape,
+    load_tokenizer,
+    settle_dtype,
+    vocabulary_hash,
+)
 from agentopd.registry import tool_codecs
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec

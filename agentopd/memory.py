@@ -1,12 +1,9 @@
-"""How much memory there is, and how this process gives it back, where the C library lets us say."""
+"""How this process gives memory back, where the C library lets us say."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-
-import psutil
-import torch
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
 _LARGE = 32 * 2**20  # the most glibc takes
@@ -25,10 +22,3 @@ def keep_freed_memory() -> bool:
         return False
     wanted = ((_M_MMAP_THRESHOLD, _LARGE), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
     return all(mallopt(name, value) == 1 for name, value in wanted)
-
-
-def available_bytes() -> int:
-    """Memory of the accelerator where there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return int(psutil.virtual_memory().total)

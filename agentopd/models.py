@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from agentopd.attention import ATTENTION
@@ -94,6 +95,13 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def available_bytes() -> int:
+    """Memory of the accelerator where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def check_same_vocabulary(student: Any, teacher: Any, teacher_name: str) -> None:

@@ -1,4 +1,7 @@
-"""Run every benchmark in a fresh process; write ``benchmarks/results/<name>.json`` with the machine and its load."""
+"""Run benchmarks in fresh processes; write ``benchmarks/results/<name>.json`` with the machine and its load.
+
+``python -m benchmarks.run_all [NAME ...]``: all without a name.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 
 NAMES = (
     *("rollout", "learner_step", "loss_head", "e2e_step", "packing", "score", "transport", "growth", "sandbox"),
-    *("episodes", "faults"),
+    *("episodes", "weight_sync", "faults"),
 )
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,7 +26,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
-    for name in NAMES:
+    for name in sys.argv[1:] or NAMES:
         print(f"== {name}")
         done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], capture_output=True, text=True)
         print(done.stdout, end="")

@@ -2,11 +2,13 @@
 
 import importlib
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from agentopd.capacity import Shape
+from agentopd.errors import SandboxError
 from benchmarks import gpu
 from benchmarks.loss_head import Case
 
@@ -16,24 +18,35 @@ SMALL = {
     "score": ["--prompts", "2", "--pairs", "1"],
     "transport": ["--tokens", "64", "--pairs", "1"],
     "growth": ["--scale", "0.05"],
+    "episodes": ["--rounds", "1", "--episodes", "40", "--live", "8"],
     "e2e_step": ["--prompts", "2", "--new", "4", "--rounds", "1"],
+    "rollout": ["--prompts", "2", "--pairs", "1", "--dtype", "float32"],
 }
 KEYS = {
+    "episodes": {"vs_slowest", "vs_apart", "vs_slower_half", "grown_mb"},
     "loss_head": {"time_vs_naive", "time_vs_gemm", "memory_slope_vs_naive", "gradient_error_vs_gemm"},
     "packing": {"time_vs_padded", "time_vs_buckets", "packed_tokens"},
     "score": {"vs_forward", "alone_vs_forward"},
     "transport": {"bytes_per_token", "microseconds_per_token", "speedup_vs_json"},
     "e2e_step": {"tokens_per_cpu_s_whole", "tokens_per_cpu_s_topk"},
     "growth": {f"exponent_{name}" for name in ("tasks", "turns", "positions", "length", "workers")},
+    "rollout": {"vs_hf_generate"},
 }
+WITH_VLLM = {
+    "rollout": {"vs_raw_vllm", "vs_raw_vllm_wall", "vs_raw_vllm_without_logprobs", "tokens_per_cpu_s"},
+    "weight_sync": {"canary_gap", "stale_head_caught", "stale_cache_caught", "sync_s", "share_of_step", "step_s"},
+}
+SMALL_WITH_VLLM = SMALL | {"weight_sync": ["--rounds", "2", "--steps", "2", "--prompts", "4"]}
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of peers
 @pytest.mark.parametrize("name", SMALL)
 def test_it_ends_with_its_figures(name, capsys):
-    importlib.import_module(f"benchmarks.{name}").main(SMALL[name])
-    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    try:
+        figures = figures_of(name, SMALL[name], capsys)
+    except SandboxError as error:
+        pytest.skip(f"no sandbox here: {error}")
     assert KEYS[name] <= figures.keys()
     assert all(isinstance(figures[key], int | float) for key in KEYS[name])
 
@@ -56,3 +69,23 @@ def test_the_gpu_suite_refuses_a_machine_without_one(capsys):
     with pytest.raises(SystemExit) as left:
         gpu.main([])
     assert left.value.code == 2 and "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(3000)
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", WITH_VLLM)
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
+def test_it_ends_with_its_figures_of_vllm(name, capsys):
+    figures = figures_of(name, SMALL_WITH_VLLM[name], capsys)
+    assert all(isinstance(figures[key], int | float) for key in WITH_VLLM[name])
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_a_benchmark_of_vllm_says_that_it_is_absent(capsys):
+    assert "vLLM is not installed" in figures_of("weight_sync", [], capsys)["skipped"]
+
+
+def figures_of(name, arguments, capsys):
+    importlib.import_module(f"benchmarks.{name}").main(arguments)
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])

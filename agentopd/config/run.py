@@ -8,11 +8,11 @@ from pydantic import Field, model_validator
 
 from agentopd.config.base import Section
 from agentopd.config.decontamination import DecontaminationConfig
-from agentopd.config.engines import EngineKind, VLLMConfig
 from agentopd.config.learner import LearnerConfig
 from agentopd.config.model import ModelConfig
 from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
 from agentopd.config.retention import GuardConfig, ReplayConfig, StageConfig
+from agentopd.config.rollout import RolloutConfig
 from agentopd.config.scaleout import RayConfig
 from agentopd.config.suite import SkillConfig, SuiteConfig
 from agentopd.config.teachers import AnyTeacherConfig, JudgeConfig, ServedTeacherConfig, TeacherConfig
@@ -22,42 +22,12 @@ __all__ = [
     "LearnerConfig",
     "ModelConfig",
     "ReplayConfig",
+    "RolloutConfig",
     "RunConfig",
     "SkillConfig",
     "StageConfig",
     "SuiteConfig",
 ]
-
-
-class RolloutConfig(Section):
-    """How episodes are sampled."""
-
-    engine: EngineKind = "hf"
-    """``hf`` samples in this process, ``vllm`` in one beside it."""
-    vllm: VLLMConfig = VLLMConfig()
-    """Of ``vllm`` alone."""
-    group_size: int = Field(4, ge=1)
-    """Episodes per prompt, whoever plays them. Gold is played once: copies of one trajectory weigh as much as one."""
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    batch_size: int = Field(256, ge=1)
-    """Sequences decoded at once; of ``hf`` alone."""
-    turn_cache_mb: int = Field(1024, ge=0)
-    """Memory for keys and values kept between the turns of an episode; 0 prefills the whole prompt every
-    turn. Of ``hf`` alone."""
-    codec: str = "hermes_json"
-    max_malformed: int = Field(3, ge=1)
-    """Malformed tool calls that end an episode."""
-
-    @model_validator(mode="after")
-    def _keys_are_the_engines(self) -> RolloutConfig:
-        of_engine = {"batch_size": "hf", "turn_cache_mb": "hf", "vllm": "vllm"}
-        for key, engine in of_engine.items():
-            if engine != self.engine and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} has no effect on engine {self.engine!r}: leave it out, or use {engine!r}")
-        if self.engine == "vllm" and self.temperature > 2:
-            raise ValueError(f"vLLM samples at temperatures up to 2, and temperature is {self.temperature:g}")
-        return self
 
 
 class TrainConfig(Section):

@@ -2,5 +2,6 @@
 
 from agentopd.engines.hf import HFEngine
 from agentopd.engines.vllm import VLLMEngine
+from agentopd.engines.vllm_servers import VLLMServersEngine
 
-__all__ = ["HFEngine", "VLLMEngine"]
+__all__ = ["HFEngine", "VLLMEngine", "VLLMServersEngine"]

@@ -17,7 +17,7 @@ from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines.background import Gate
 from agentopd.engines.canary import Canary
 from agentopd.engines.requests import check_finite, check_fits
-from agentopd.engines.vllm_process import common_args, require_vllm, start
+from agentopd.engines.vllm_process import require_vllm, sampler_args, sampling_args, start
 from agentopd.engines.weight_sync import DiskSync, TransferSync, WeightSync
 from agentopd.errors import ConfigError, EngineError, boundary
 
@@ -45,7 +45,9 @@ class VLLMEngine:
             raise ConfigError("rollout.vllm.sync = 'ipc' shares GPU memory, and there is no GPU: use 'auto' or 'disk'")
         through_gpu = config.sync == "ipc" or (config.sync == "auto" and self._on_gpu)
         self._sync: WeightSync = TransferSync(model) if through_gpu else DiskSync(model)
-        args = {**_engine_args(config, model, self.max_context, self._on_gpu), **self._sync.engine_args}
+        args = {**sampler_args(config, model.dtype, self.max_context), **self._sync.engine_args}
+        if self._on_gpu:
+            args["enable_sleep_mode"] = True
         with ExitStack() as started, boundary(EngineError, "starting vLLM"):
             started.callback(self._sync.close)
             self._llm = start(args, config.timeout_s)
@@ -143,29 +145,5 @@ def _sampling(request: GenerationRequest) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    params = request.params
-    return SamplingParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        max_tokens=params.max_tokens,
-        stop_token_ids=list(params.stop_ids),
-        seed=request.seed % 2**63,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=0,
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _engine_args(config: VLLMConfig, model: Any, max_context: int, on_gpu: bool) -> dict[str, Any]:
-    args = {
-        **common_args(config.kv_cache_gb, config.enforce_eager),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "max_model_len": max_context,
-        "max_num_seqs": config.max_num_seqs,
-        "enable_prefix_caching": True,
-        # Of the distribution sampled from, after temperature and top-p.
-        "logprobs_mode": "processed_logprobs",
-    }
-    return args | ({"enable_sleep_mode": True} if on_gpu else {})
+    kind = RequestOutputKind.FINAL_ONLY
+    return SamplingParams(**sampling_args(request), flat_logprobs=True, output_kind=kind)

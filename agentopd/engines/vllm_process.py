@@ -1,7 +1,8 @@
-"""Starting vLLM in a process of its own, whoever needs it: an engine that samples, a teacher that scores."""
+"""What everyone who starts vLLM needs: engines that sample, beside the learner or in a server, and a teacher."""
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Coroutine, Iterator
@@ -12,10 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from agentopd.config.engines import VLLMConfig
+from agentopd.contracts import GenerationRequest
 from agentopd.engines.background import BackgroundLoop
 from agentopd.errors import ConfigError
 
 T = TypeVar("T")
+_LEARNERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""Variables of the learner's launcher, which vLLM would take for its own."""
 _CPU_BLOCK = 32
 """Tokens in one block of the prefix cache on a CPU; vLLM's default there, 128, is longer than most turns."""
 
@@ -87,22 +92,70 @@ async def _started(args: dict[str, Any], timeout_s: float) -> Any:
 def _environment(timeout_s: float) -> Iterator[None]:
     """What vLLM's process inherits. Ours is put back: vLLM preloads libraries, which sandboxes must not inherit."""
     before = dict(os.environ)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # the learner's, not vLLM's
-        os.environ.pop(name, None)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(timeout_s))
-    # Lets the "uni" executor stand on a CPU, where vLLM would put a process of its own in its place.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    wanted = environment(timeout_s)
     if torch.cuda.is_available():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         device = torch.cuda.current_device()
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen[device] if device < len(seen) and seen[device] else str(device)
+        wanted["CUDA_VISIBLE_DEVICES"] = seen[device] if device < len(seen) and seen[device] else str(device)
         # The handles of shared GPU memory are not plain data.
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    for name in _LEARNERS:
+        os.environ.pop(name, None)
+    os.environ.update(wanted)
     try:
         yield
     finally:
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
+
+
+def environment(timeout_s: float) -> dict[str, str]:
+    """The environment variables of a process in which vLLM starts within ``timeout_s``."""
+    mine = {name: value for name, value in os.environ.items() if name not in _LEARNERS}
+    mine.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    mine.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    mine["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(timeout_s))
+    # Lets the "uni" executor stand on a CPU, where vLLM would put a process of its own in its place.
+    mine["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return mine
+
+
+def sampling_args(request: GenerationRequest) -> dict[str, Any]:
+    """The sampling parameters that vLLM takes for ``request``: token ids out, and the log-prob of each."""
+    params = request.params
+    return {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "max_tokens": params.max_tokens,
+        "stop_token_ids": list(params.stop_ids),
+        "seed": request.seed % 2**63,
+        "ignore_eos": True,
+        "detokenize": False,
+        "logprobs": 0,
+    }
+
+
+def sampler_args(config: VLLMConfig, dtype: torch.dtype, max_context: int) -> dict[str, Any]:
+    """Engine arguments of a student's vLLM, wherever it runs."""
+    return {
+        **common_args(config.kv_cache_gb, config.enforce_eager),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_context,
+        "max_num_seqs": config.max_num_seqs,
+        "enable_prefix_caching": True,
+        # Of the distribution sampled from, after temperature and top-p.
+        "logprobs_mode": "processed_logprobs",
+    }
+
+
+def flags(args: dict[str, Any]) -> list[str]:
+    """Engine arguments as the command line of vLLM's server takes them."""
+    words = []
+    for name, value in args.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag.removeprefix("--"))
+        else:
+            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words

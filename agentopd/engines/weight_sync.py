@@ -44,9 +44,10 @@ class Checkpoint:
     overrides: ClassVar[dict[str, Any]] = {"tie_word_embeddings": False}
     """What vLLM must be told about the model's config, since the head is written out."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, path: Path | None = None) -> None:
         self._model = model
-        self.path = Path(tempfile.mkdtemp(prefix="agentopd-weights-"))
+        self.path = path or Path(tempfile.mkdtemp(prefix="agentopd-weights-"))
+        self.path.mkdir(exist_ok=True)
         self.write()
 
     @torch.no_grad()

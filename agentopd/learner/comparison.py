@@ -29,6 +29,17 @@ class Comparison(Protocol):
         ...
 
 
+class Nowhere:
+    """No position takes part: a divergence of 0. ``merged`` where other positions' changes with what follows."""
+
+    def __init__(self, student: LogSoftmax, merged: bool) -> None:
+        self.divergence_c = torch.zeros_like(student.log_total_c1[:, 0])
+        self.rest_slope_c = torch.zeros_like(self.divergence_c) if merged else None
+
+    def add_gradient(self, gradient: Tensor, block: slice, scale_c: Tensor) -> None:
+        """Nothing."""
+
+
 class Pointwise:
     """The divergence over the ids that both have, a sum over ids, block by block."""
 

@@ -28,7 +28,7 @@ from agentopd.config.objective_blocks import NoDivergence
 from agentopd.config.objective_data import GOLD
 from agentopd.errors import ConfigError
 from agentopd.learner import products
-from agentopd.learner.comparison import Comparison, Merged, Pointwise
+from agentopd.learner.comparison import Comparison, Merged, Nowhere, Pointwise
 from agentopd.learner.head import Head, LogSoftmax, chunk_size, fine, head_logprobs
 from agentopd.learner.products import vocabulary_blocks
 from agentopd.objective.divergences import kernel
@@ -142,12 +142,15 @@ class FusedHead:
     def _comparison(self, student: LogSoftmax, start: int, stop: int) -> Comparison:
         batch, divergence, alignment = self._batch, self._objective.divergence, self._objective.alignment
         assert not isinstance(divergence, NoDivergence)
+        part_c = batch.supervised_N[start:stop]
+        if not part_c.any():  # a rank without episodes knows no teacher, nor does a row beside the student's
+            return Nowhere(student, merged=isinstance(alignment, GOLD))
         name = batch.teachers[int(batch.teacher_N[start])]
         head = self._teacher_heads.get(name)
         if head is None:
             raise ConfigError(f"teacher {name!r} is not in this process: whole distributions cannot be compared")
         hidden_cG = batch.teacher_hidden_NG[start:stop, : head.weight.shape[1]].to(head.weight.dtype)
-        other_cV, part_c, compare = head.logits(hidden_cG), batch.supervised_N[start:stop], kernel(divergence)
+        other_cV, compare = head.logits(hidden_cG), kernel(divergence)
         if not isinstance(alignment, GOLD):
             return Pointwise(student.logits, other_cV, part_c, compare)
         assert self._rest_N2 is not None

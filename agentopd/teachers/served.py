@@ -8,16 +8,15 @@ error, never a made-up number.
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from agentopd.config.teachers import ServedTeacherConfig
 from agentopd.contracts import Evidence, FloatArray, IntArray
+from agentopd.engines.http import Address, Away, Refused, ask
 from agentopd.errors import ConfigError, TeacherError
 from agentopd.teachers import wire
 from agentopd.types import Episode
@@ -29,10 +28,6 @@ _SAY_AFTER_S = 1.0
 """An outage that is over sooner is not worth a line."""
 
 
-class _Away(Exception):
-    """The teacher could not be asked now; later it may."""
-
-
 class ServedTeacher:
     """``name`` is its key in ``[teachers]``, ``vocabulary`` the hash of the student's.
 
@@ -42,10 +37,7 @@ class ServedTeacher:
     def __init__(self, name: str, config: ServedTeacherConfig, vocabulary: str) -> None:
         self.name = name
         self._config = config
-        address = urlsplit(config.base_url)
-        if address.scheme != "http" or not address.hostname:
-            raise ConfigError(f"teachers.{name}.base_url is {config.base_url!r}: write http://HOST:PORT")
-        self._host, self._port = address.hostname, address.port or 80
+        self._address = Address.parse(config.base_url, f"teachers.{name}.base_url")
         about = json.loads(asyncio.run(self._patiently("GET", "/about", b"")))
         self.max_top_k: int | None = about["max_top_k"]
         self.model: str = about["model"]
@@ -131,8 +123,10 @@ class ServedTeacher:
         started, pause, told = time.monotonic(), _FIRST_PAUSE_S, False
         while True:
             try:
-                answer = await asyncio.to_thread(self._once, method, path, body)
-            except _Away as exc:
+                answer = await ask(self._address, method, path, body, self._config.timeout_s)
+            except Refused as exc:
+                raise TeacherError(f"teacher {self.name!r} at {self._config.base_url}: {exc}") from None
+            except Away as exc:
                 away = time.monotonic() - started
                 if away + pause > self._config.outage_s:
                     raise TeacherError(f"teacher {self.name!r} was away for {away:.0f} s: {exc}") from None
@@ -145,20 +139,3 @@ class ServedTeacher:
                 if told:
                     _LOG.warning("teacher %r is back after %.0f s", self.name, time.monotonic() - started)
                 return answer
-
-    def _once(self, method: str, path: str, body: bytes) -> bytes:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=self._config.timeout_s)
-        try:
-            connection.request(method, path, body)
-            reply = connection.getresponse()
-            data = reply.read()
-        except (OSError, http.client.HTTPException) as exc:
-            raise _Away(f"{type(exc).__name__}: {exc}") from exc
-        finally:
-            connection.close()
-        if reply.status == 200:
-            return data
-        reason = f"{reply.status} {data.decode(errors='replace')[:200]}"
-        if reply.status in (408, 429) or (reply.status >= 500 and reply.status != 501):
-            raise _Away(reason)
-        raise TeacherError(f"teacher {self.name!r} at {self._config.base_url}: {reason}")

@@ -1,7 +1,7 @@
 """vLLM in a process of its own against Hugging Face on the same weights, in fp32: what differs is rounding alone."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
 from typing import Any
@@ -12,12 +12,21 @@ import torch
 from agentopd.build import build_policy
 from agentopd.config.engines import VLLMConfig
 from agentopd.config.run import RolloutConfig
-from agentopd.contracts import Engine, Generation, GenerationRequest, SamplingParams
+from agentopd.contracts import Engine, GenerationRequest, SamplingParams
 from agentopd.engines import HFEngine, VLLMEngine
 from agentopd.errors import ConfigError, EngineError
 from agentopd.rollout import EpisodeSpec, run_episodes
 from agentopd_envs.micro import store
 from agentopd_envs.tool_use import ToolUseEnvironment
+from tests.engines.learner_view import (
+    disturb,
+    generate,
+    largest_gap,
+    largest_gap_of_episodes,
+    nucleus_logprobs,
+    prompts,
+    requests,
+)
 
 pytestmark = [
     pytest.mark.vllm,
@@ -41,38 +50,6 @@ def engine(policy: Any) -> Iterator[VLLMEngine]:
     made.close()
 
 
-def prompts(policy: Any, count: int = 6) -> list[list[int]]:
-    tasks = islice(store.tasks("train", None, 0), count)
-    return [policy.renderer.open(task.prompt, ToolUseEnvironment.tool_schemas(task)) for task in tasks]
-
-
-def requests(
-    rows: Sequence[Sequence[int]], temperature: float = 1.0, top_p: float = 1.0, stop_ids: tuple[int, ...] = ()
-) -> list[GenerationRequest]:
-    params = SamplingParams(temperature, top_p, 24, stop_ids)
-    return [GenerationRequest(tuple(row), params, 2**63 + seed) for seed, row in enumerate(rows)]
-
-
-def generate(engine: Engine, asked: Sequence[GenerationRequest]) -> list[Generation]:
-    return asyncio.run(engine.generate(asked))
-
-
-@torch.no_grad()
-def learner_logprobs(model: Any, prompt: Sequence[int], sampled: Sequence[int], temperature: float) -> torch.Tensor:
-    """Log-probs (N, V) of a plain forward pass."""
-    logits = model(input_ids=torch.tensor([[*prompt, *sampled]])).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits / temperature, -1)
-
-
-def largest_gap(model: Any, asked: Sequence[GenerationRequest], made: Sequence[Generation]) -> float:
-    gaps = []
-    for request, generation in zip(asked, made, strict=True):
-        full = learner_logprobs(model, request.token_ids, generation.token_ids, request.params.temperature)
-        picked = full.gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
-        gaps.append(float((picked - torch.tensor(generation.logprobs)).abs().max()))
-    return max(gaps)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_learner_at_the_sampling_temperature(policy, engine, temperature):
     asked = requests(prompts(policy), temperature)
@@ -83,12 +60,7 @@ def test_logprobs_are_those_of_the_learner_at_the_sampling_temperature(policy, e
 def test_top_p_logprobs_are_renormalised(policy, engine):
     (row,) = prompts(policy, 1)
     (made,) = generate(engine, requests([row], top_p=0.8))
-    for token, logprob, full in zip(
-        made.token_ids, made.logprobs, learner_logprobs(policy.model, row, made.token_ids, 1.0).exp(), strict=True
-    ):
-        ordered = full.sort(descending=True).values
-        nucleus = ordered[: int((ordered.cumsum(0) - ordered < 0.8).sum())]
-        assert logprob == pytest.approx((full[token] / nucleus.sum()).log().item(), abs=1e-3)
+    assert made.logprobs == pytest.approx(nucleus_logprobs(policy.model, row, made.token_ids, 0.8), abs=1e-3)
 
 
 def test_greedy_equals_the_in_process_engine(policy, engine):
@@ -148,23 +120,13 @@ def test_whole_episodes_are_token_exact_and_scored_by_the_sampler(policy, engine
     specs = [EpisodeSpec(task, ToolUseEnvironment, f"e{i}", skill="store", seed=i) for i, task in enumerate(tasks)]
     episodes = asyncio.run(run_episodes(specs, engine, policy.renderer))
     assert max(len(episode.turns) for episode in episodes) > 1
-    for episode in episodes:
-        ids, mask = torch.tensor(episode.token_ids), torch.tensor(episode.loss_mask).bool()
-        with torch.no_grad():
-            full = policy.model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-        picked = full.gather(1, ids[1:, None])[:, 0][mask[1:]]
-        sampled = torch.tensor([x for turn in episode.turns for x in turn.rollout_logprobs])
-        assert (picked - sampled).abs().max() < BOUND
+    assert largest_gap_of_episodes(policy.model, episodes) < BOUND
 
 
 @pytest.fixture
 def moved(policy: Any, engine: VLLMEngine) -> Iterator[Any]:
     """The learner after an update that the engine has not seen; both are put back."""
-    before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in policy.model.parameters():
-            weight.add_(0.05 * weight.std() * torch.randn(weight.shape, generator=draw) if weight.dim() > 1 else 0.0)
+    before = disturb(policy.model)
     yield policy.model
     policy.model.load_state_dict(before)
     engine.sync_weights(0)

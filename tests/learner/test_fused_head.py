@@ -205,6 +205,21 @@ def test_a_teacher_that_is_not_here_is_named():
         FusedHead(head, batch, whole("full_rkl"), teachers).streams(hidden)
 
 
+@pytest.mark.parametrize("name", ["gkd", "gold_opd"])
+@pytest.mark.parametrize("named", [("x", ""), ()])
+def test_rows_that_no_teacher_supervises_need_none(name, named):
+    """Those beside the student's own, and the filler of a rank without episodes."""
+    objective, (hidden, head, teachers) = resolve_objective(name), parameters()
+    batch = rows(teachers=named or ("x",))
+    taught = (batch.row_N % 2 == 0) & bool(named)
+    batch = replace(batch, teachers=named, teacher_scale_N=torch.where(taught, batch.teacher_scale_N, 0.0))
+    fused = FusedHead(head, batch, objective, {"x": teachers["x"]}, 2)
+    assert torch.equal(fused.streams(hidden).divergence_N > 0, taught)
+    loss = fused.loss(hidden, lambda start, stop, found: found.divergence_N.sum())
+    (slope,) = torch.autograd.grad(loss, hidden)
+    assert torch.equal(slope.abs().sum(-1) > 0, taught)
+
+
 def test_which_presets_ask_for_whole_distributions():
     assert [name for name in PRESETS if resolve_objective(name).needs_full_vocabulary] == ["gkd", "gold_opd"]
 

@@ -1,0 +1,259 @@
+"""Replicas behind HTTP: which one gets a request, and what happens to one that dies, hangs, or has other weights.
+
+A replica that fails is out of the pool until it has been started again (or answers again, where somebody else runs it),
+was given the current weights, and has passed the canary. Its requests are asked of another, or of itself once it is
+back: a fault of a server is never an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agentopd.config.engines import ServersConfig
+from agentopd.contracts import GenerationRequest
+from agentopd.engines.http import Away
+from agentopd.engines.server_process import ServerProcess
+from agentopd.engines.token_client import Sampled, TokenClient
+from agentopd.errors import EngineError, boundary
+
+_LOG = logging.getLogger(__name__)
+_TRIES, _SUSPECT = 5, 3
+"""A request that so many servers fail on, one after the other, is itself at fault; it is suspected before."""
+_STARTS = 3
+"""A server of ours that does not come up so many times in a row never will."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LOOK_S = 0.2, 5.0, 1.0
+
+
+@dataclass
+class Replica:
+    """One server of the pool. ``process`` is None where somebody else started it; ``client`` is None before a start."""
+
+    name: str
+    client: TokenClient | None
+    process: ServerProcess | None = None
+    turns: int = 0
+    """Requests it works on."""
+    life: int = 0
+    """How often it came up."""
+    is_up: bool = False
+    fault: str = ""
+    """Why it is not up, or is about to leave."""
+    gone: bool = False
+    """It will not come back."""
+    faulty: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def reach(self) -> TokenClient:
+        """Its client. Raises ``Away`` where there is none yet."""
+        if self.client is None:
+            raise Away("it has not been started")
+        return self.client
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A folder of weights, and the label of those who have them."""
+
+    path: Path
+    version: str
+
+
+Check = Callable[[Replica], Awaitable[None]]
+
+
+class Pool:
+    """Keeps ``replicas`` up and gives out requests. Of one event loop, whose thread must live as long as the servers.
+
+    ``check`` is asked about a replica that came back with the current weights, and raises ``EngineError`` where it does
+    not sample from them. ``load_s`` is the deadline of a start, and of taking up weights.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], config: ServersConfig, load_s: float, check: Check) -> None:
+        self.replicas = replicas
+        self._config = config
+        self._load_s = load_s
+        self._check = check
+        self._weights: Weights | None = None
+        self._homes: dict[str, Replica] = {}
+        self._changed = asyncio.Event()
+        self._suspects = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, weights: Weights) -> None:
+        """Bring every replica up with ``weights``. Raises ``EngineError`` where one does not come."""
+        self._weights = weights
+        self._tasks = [asyncio.create_task(self._look_after(replica)) for replica in self.replicas]
+        while not all(replica.is_up for replica in self.replicas):
+            for replica in self.replicas:
+                if replica.gone:
+                    raise EngineError(f"{replica.name} does not start: {replica.fault}")
+            await self._changed.wait()
+
+    async def sample(self, request: GenerationRequest) -> Sampled:
+        """One continuation, by whichever replica can. Raises ``EngineError`` for a request that none can answer."""
+        for tries in range(_TRIES):
+            # What kills servers takes its neighbours' turns along: who met that often is asked one at a time.
+            async with self._suspects if tries >= _SUSPECT else nullcontext():
+                replica = await self._pick(request.session)
+                life, failed = replica.life, ""
+                replica.turns += 1
+                try:
+                    return await self.sample_on(replica, request)
+                except Away as exc:
+                    failed = str(exc)
+                    self.blame(replica, life, failed)
+                finally:
+                    replica.turns -= 1
+        raise EngineError(f"a request of {len(request.token_ids)} tokens failed on {_TRIES} servers: {failed}")
+
+    async def sample_on(self, replica: Replica, request: GenerationRequest, timeout_s: float | None = None) -> Sampled:
+        """One continuation by one replica, within the deadline of a turn if no other is given.
+
+        Raises ``Away`` where it fails, or has other weights than the pool's.
+        """
+        made = await replica.reach().sample(request, timeout_s or self._config.turn_timeout_s)
+        if self._weights is not None and made.versions - {self._weights.version}:
+            raise Away(f"it sampled from other weights ({', '.join(sorted(made.versions))})")
+        return made
+
+    async def load(self, weights: Weights) -> None:
+        """Give every replica ``weights``; what is down gets them when it is back. Waits until one has them."""
+        self._weights = weights
+        self._homes.clear()
+        await asyncio.gather(*(self._reload(replica) for replica in self.up))
+        await self._pick("")
+
+    @property
+    def up(self) -> list[Replica]:
+        """The replicas that can be asked."""
+        return [replica for replica in self.replicas if replica.is_up]
+
+    async def close(self) -> None:
+        """Stop looking after the replicas, and end those that were started here."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        processes = [replica.process for replica in self.replicas if replica.process is not None]
+        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in processes))
+
+    async def _reload(self, replica: Replica) -> None:
+        life = replica.life
+        try:
+            await self._load(replica)
+        except Away as exc:
+            self.blame(replica, life, str(exc))
+
+    async def _load(self, replica: Replica) -> Weights:
+        assert self._weights is not None
+        weights = self._weights
+        await replica.reach().load(weights.path, weights.version, self._load_s)
+        return weights
+
+    async def _pick(self, session: str) -> Replica:
+        """The replica for a request; waits, up to ``outage_s``, until there is one."""
+        try:
+            async with asyncio.timeout(self._config.outage_s):
+                while not self.up:
+                    if all(replica.gone for replica in self.replicas):
+                        raise EngineError(f"no server is left; {self._faults()}")
+                    await self._changed.wait()
+        except TimeoutError:
+            raise EngineError(f"no server for {self._config.outage_s:g} s; {self._faults()}") from None
+        home = self._homes.get(session)
+        if home is None or not home.is_up:
+            home = min(self.up, key=lambda replica: replica.turns)
+            if session and self._config.routing == "session":
+                self._homes[session] = home
+        return home
+
+    def _faults(self) -> str:
+        return "; ".join(f"{replica.name}: {replica.fault}" for replica in self.replicas)
+
+    def blame(self, replica: Replica, life: int, why: str) -> None:
+        """Take a replica out of the pool for what it did in its life number ``life``."""
+        if replica.is_up and replica.life == life:
+            replica.is_up, replica.fault = False, why
+            replica.faulty.set()
+            self._announce()
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _look_after(self, replica: Replica) -> None:
+        """Bring a replica up, wait until it fails, and so on, until it cannot be brought back."""
+        try:
+            while True:
+                with boundary(EngineError, f"bringing {replica.name} up"):
+                    await self._bring_up(replica)
+                while not replica.faulty.is_set():
+                    self._notice_death(replica)
+                    await _wait(replica.faulty, _LOOK_S)
+                _LOG.warning("%s failed (%s): its requests are asked again", replica.name, replica.fault)
+        except EngineError as exc:
+            replica.fault, replica.gone = str(exc), True
+            _LOG.warning("%s is given up: %s", replica.name, exc)
+            self._announce()
+
+    def _notice_death(self, replica: Replica) -> None:
+        if replica.process is not None and (code := replica.process.exit_code) is not None:
+            self.blame(replica, replica.life, f"it ended with exit code {code}")
+
+    async def _bring_up(self, replica: Replica) -> None:
+        """Raises ``EngineError`` where it cannot be done, or not in time."""
+        began, pause, starts = time.monotonic(), _FIRST_PAUSE_S, 0
+        while True:
+            try:
+                starts += 1
+                await self._try_up(replica)
+            except Away as exc:
+                replica.fault = str(exc)
+                away = time.monotonic() - began
+                if away + pause > self._config.outage_s or (replica.process is not None and starts == _STARTS):
+                    raise EngineError(f"{exc}, after {away:.0f} s and {starts} tries") from None
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            else:
+                if replica.life:
+                    _LOG.warning("%s is back after %.0f s", replica.name, time.monotonic() - began)
+                replica.life, replica.is_up, replica.fault = replica.life + 1, True, ""
+                replica.faulty.clear()
+                self._announce()
+                return
+
+    async def _try_up(self, replica: Replica) -> None:
+        if replica.process is not None:
+            await self._restart(replica, replica.process)
+        await replica.reach().alive()
+        weights = None
+        while weights is not self._weights:  # others may have come meanwhile
+            weights = await self._load(replica)
+            await self._check(replica)
+
+    async def _restart(self, replica: Replica, process: ServerProcess) -> None:
+        assert self._weights is not None
+        process.kill()
+        replica.client = TokenClient(process.start(self._weights.path))
+        try:
+            async with asyncio.timeout(self._load_s):
+                while True:
+                    if (code := process.exit_code) is not None:
+                        raise Away(f"it ended with exit code {code} while it started: {process.last_words()}")
+                    try:
+                        await replica.client.alive()
+                        return
+                    except Away:
+                        await asyncio.sleep(_FIRST_PAUSE_S)
+        except TimeoutError:
+            raise Away(f"it did not start within {self._load_s:g} s: {process.last_words()}") from None
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

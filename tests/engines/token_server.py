@@ -1,0 +1,83 @@
+"""A server with vLLM's token-in-token-out endpoints that samples by arithmetic: what it says depends on the weights it
+was given, the prompt and the seed alone. Prompts that begin with one of the ids below make it misbehave."""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+SLOW, DEADLY, HANGING = 1, 2, 3
+STATE = {"weights": "", "version": "default", "aborted": 0, "asked": 0}
+
+
+def sampled(weights: str, token_ids: list[int], seed: int, count: int) -> list[int]:
+    digest = hashlib.blake2b(f"{weights}/{token_ids}/{seed}".encode(), digest_size=count).digest()
+    return [100 + byte for byte in digest]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        answers = {"/health": None, "/v1/models": {"data": [{"max_model_len": 512}]}, "/state": STATE}
+        self.reply(*((200, answers[self.path]) if self.path in answers else (404, None)))
+
+    def do_POST(self) -> None:
+        question = json.loads(self.rfile.read(int(self.headers["content-length"])) or b"{}")
+        if self.path == "/collective_rpc":
+            STATE["weights"] = (Path(question["kwargs"]["weights_path"]) / "weights.txt").read_text()
+            self.reply(200, {"results": [None]})
+        elif self.path == "/reset_prefix_cache":
+            self.reply(200, {"success": True})
+        elif self.path == "/update_weight_version":
+            STATE["version"] = question["new_version"]
+            self.reply(200, {"success": True})
+        elif self.path == "/inference/v1/generate":
+            self.reply(*self.generate(question["token_ids"], question["sampling_params"]))
+        else:
+            self.reply(404, None)
+
+    def generate(self, token_ids, params):
+        STATE["asked"] += 1
+        if token_ids[0] == DEADLY:
+            os._exit(9)
+        if token_ids[0] == HANGING:
+            time.sleep(3600)
+        if token_ids[0] == SLOW:
+            time.sleep(0.5)
+        ids = sampled(STATE["weights"], token_ids, params["seed"], params["max_tokens"])
+        choice = {
+            "token_ids": ids,
+            "finish_reason": "length",
+            "weight_versions": [{"version": STATE["version"], "start": 0, "end": len(ids)}],
+            "logprobs": {"content": [{"token_id": token, "logprob": -1.0} for token in ids]},
+        }
+        return 200, {"choices": [choice]}
+
+    def reply(self, status, answer) -> None:
+        body = b"" if answer is None else json.dumps(answer).encode()
+        try:
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        except (BrokenPipeError, ConnectionResetError):
+            STATE["aborted"] += 1
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    options, _ = parser.parse_known_args()
+    if (options.model / "broken").exists():
+        raise SystemExit("RuntimeError: these weights cannot be loaded")
+    STATE["weights"] = (options.model / "weights.txt").read_text()
+    ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
