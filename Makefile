@@ -6,8 +6,9 @@ ADAPTERS_VENV ?= .venv-adapters
 PIP_FLAGS ?=
 # Pinned first, so that nothing below pulls another build of it.
 TORCH ?= torch==2.13.0
-# One test process per core, each with one torch thread.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+# One test process per core, each with one torch thread; tests that share something costly go to the same one. Byte
+# code is kept, whatever the environment says: else every process compiles sources and rewrites asserts again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadgroup
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # What is skipped without the packages of the extra `adapters` and the API classes of bfcl-eval.

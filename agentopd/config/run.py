@@ -153,6 +153,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _inputs_present(self) -> RunConfig:
         """Every combination that lacks an input is refused here, before anything is loaded."""
+        if self.ray is not None and self.ray.rollout_workers and self.rollout.engine != "hf":
+            raise ValueError(
+                f"ray.rollout_workers are 'hf' engines, and rollout.engine is {self.rollout.engine!r}: set one of them"
+            )
         new = [skill for skill in self.suite.skills if skill.role == "new"]
         if not new:
             raise ValueError("no skill has role 'new': there is nothing to train")

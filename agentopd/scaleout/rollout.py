@@ -15,7 +15,7 @@ from agentopd.config.run import RolloutConfig
 from agentopd.config.scaleout import RayConfig
 from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines import HFEngine
-from agentopd.errors import ConfigError, EngineError
+from agentopd.errors import EngineError
 from agentopd.models import default_device
 from agentopd.scaleout.pool import ActorPool, Placement, connect
 from agentopd.weights import full_weights
@@ -64,10 +64,6 @@ class RayEngine:
     lockstep = True
 
     def __init__(self, model: Any, rollout: RolloutConfig, config: RayConfig) -> None:
-        if rollout.engine != "hf":
-            raise ConfigError(
-                f"ray.rollout_workers are 'hf' engines, and rollout.engine is {rollout.engine!r}: set one"
-            )
         self.max_context = HFEngine(model).max_context
         self.weight_version = 0
         self._model, self._count = model, config.rollout_workers

@@ -180,6 +180,7 @@ ESCAPES = {
 CATALOGUE = {**EARLY_EXIT, **LIES, **FORGERIES, **RESOURCES, **ESCAPES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_catalogue(run: Run, name: str) -> None:
     source, *accepted = CATALOGUE[name]

@@ -141,6 +141,7 @@ def limited(kind: int, most: int) -> Iterator[None]:
         resource.setrlimit(kind, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_judge_out_of_space_or_descriptors_gives_no_verdict(jail_works: None) -> None:
     async def scenario() -> None:
         sandbox = JailSandbox(workers=1)

@@ -1,13 +1,17 @@
 """The section [ray] is refused where it would do nothing, and where Ray is missing."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from agentopd.config import load_run_config
 from agentopd.config.scaleout import RayConfig
 from agentopd.errors import ConfigError
 from agentopd.scaleout.pool import connect
+
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.toml"
 
 
 @pytest.mark.parametrize(
@@ -22,6 +26,12 @@ from agentopd.scaleout.pool import connect
 def test_settings_without_effect_are_refused(settings, said):
     with pytest.raises(ValidationError, match=said):
         RayConfig(**settings)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm_servers"])
+def test_rollout_workers_and_another_engine_are_refused_at_load(engine):
+    with pytest.raises(ConfigError, match=rf"ray.rollout_workers are 'hf' engines, .* '{engine}'"):
+        load_run_config(QUICKSTART, [f"rollout.engine={engine}", "ray.rollout_workers=1"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")

@@ -12,7 +12,6 @@ from agentopd.config.run import RolloutConfig, SandboxConfig
 from agentopd.config.scaleout import RayConfig
 from agentopd.console import make_console
 from agentopd.contracts import Case, GenerationRequest, Program, SamplingParams
-from agentopd.errors import ConfigError
 from agentopd.evaluate import evaluate_script, heldout_tasks
 from agentopd.rendering import HermesJSON
 from agentopd.runs import Run
@@ -82,11 +81,13 @@ def test_a_machine_that_dies_costs_no_verdict(cluster, machines, skills, judged)
             pending = [asyncio.create_task(judge(tasks[episode.task_id], episode)) for episode, _ in many]
             await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.to_thread(cluster.remove_node, nodes[0], allow_graceful=False)
+            # Those under way may all be done by the time the machine is gone; these meet a worker that is lost.
+            pending += [asyncio.create_task(judge(tasks[episode.task_id], episode)) for episode, _ in many]
             return await asyncio.gather(*pending)
         finally:
             await judge.sandbox.aclose()
 
-    assert asyncio.run(under_fire()) == [verdict for _, verdict in many]
+    assert asyncio.run(under_fire()) == [verdict for _, verdict in many] * 2
     assert judge.sandbox.pool.replaced == 1
 
 
@@ -160,11 +161,6 @@ def test_a_run_with_workers_is_the_run_without(cluster, machines, tmp_path):
 async def both(here, there, asked):
     mine, theirs = await asyncio.gather(here.generate(asked), there.generate(asked))
     return [mine, theirs]
-
-
-def test_what_does_not_go_together_is_refused(cluster):
-    with pytest.raises(ConfigError, match="'hf' engines, not 'vllm'"):
-        build_engine(qwen3(64), RolloutConfig(engine="vllm"), RayConfig(rollout_workers=1))
 
 
 def test_no_room_says_so(cluster, skills):
