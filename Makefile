@@ -2,16 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+ADAPTERS_VENV ?= .venv-adapters
 PIP_FLAGS ?=
 # Pinned first, so that nothing below pulls another build of it.
 TORCH ?= torch==2.13.0
-# One test process per core, each with one torch thread.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+# One test process per core, each with one torch thread; tests that share something costly go to the same one. Byte
+# code is kept, whatever the environment says: else every process compiles sources and rewrites asserts again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadgroup
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What is skipped without the packages of the extra `adapters` and the API classes of bfcl-eval.
+ADAPTER_TESTS := tests/adapters tests/envs/test_rows.py tests/envs/test_bfcl_multi_turn.py tests/test_decontamination.py \
+  tests/test_keeping.py::test_real_embeddings_prefer_the_prompts_alike tests/certify/test_mutants.py::test_ten_mutants_of_bfcl_multi_turn_are_caught
 SOURCES := agentopd envs verifiers sandboxes tests examples benchmarks docs
 
-.PHONY: quickstart install test test-long test-vllm test-fast check format docs bench micro certificates clean
+.PHONY: quickstart install test test-long test-adapters test-ray test-vllm test-fast check format docs bench micro certificates clean
 
 quickstart: install  ## the whole loop on a CPU: train, measure what was kept, write report.html
 	$(BIN)/agentopd train configs/quickstart.toml
@@ -31,6 +36,25 @@ test: install  ## every tier this machine can run; the others say why they were 
 
 test-long: install  ## the slow tests on more cases: minutes
 	$(PYTEST) -m long
+
+test-adapters: $(ADAPTERS_VENV)/.installed  ## the tests that need packages of others, in a layer of its own over the virtual environment
+	OMP_NUM_THREADS=1 $(ADAPTERS_VENV)/bin/python -m pytest -n auto -m "not long" $(ADAPTER_TESTS)
+
+# A layer sees what is beneath it and adds to it. What the packages of others want differs (fsspec, dateutil), so it may
+# hide other versions of that, but not of torch, numpy, transformers, tokenizers and pydantic: pip then fails.
+$(ADAPTERS_VENV)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(ADAPTERS_VENV)
+	$(BIN)/python -c 'import sys, sysconfig as s; print(f"import site; site.addsitedir({s.get_path(sys.argv[1])!r})")' purelib \
+	  > "$$($(ADAPTERS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	$(ADAPTERS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) --upgrade pip
+	$(BIN)/python -m pip freeze | grep -E '^(torch|numpy|transformers|tokenizers|pydantic)==' > $(ADAPTERS_VENV)/beneath.txt
+	$(ADAPTERS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c $(ADAPTERS_VENV)/beneath.txt "agentopd[adapters]"
+	$(ADAPTERS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) --no-deps bfcl-eval
+	@touch $@
+
+test-ray: install  ## the tests that need Ray, which it installs
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e ".[ray]" "$(TORCH)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 test-vllm: $(VLLM_VENV)/.installed  ## the tests that need vLLM, in a virtual environment of their own
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm
@@ -68,4 +92,4 @@ certificates: install  ## prove the shipped environments again, after a change t
 	$(BIN)/agentopd envs validate --all --into agentopd/assets/certificates
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(ADAPTERS_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

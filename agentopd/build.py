@@ -1,28 +1,31 @@
-"""The composition root: config in, live parts out. The only module that turns names into concrete things."""
+"""The composition root: config in, live parts out. The only module that turns names into concrete things.
+
+Models and their libraries are imported where one is loaded: who looks at environments or verdicts does not wait for
+them.
+"""
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentopd.config.model import LoRAConfig
 from agentopd.config.run import RolloutConfig, SandboxConfig, SkillConfig, SuiteConfig
-from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, SandboxLimits, Verifier
-from agentopd.engines import HFEngine, VLLMEngine, VLLMServersEngine
+from agentopd.config.scaleout import RayConfig
+from agentopd.contracts import Engine, Environment, GroupVerifier, Sandbox, Verifier
 from agentopd.errors import ConfigError
-from agentopd.models import load_model, load_tokenizer
-from agentopd.objective.masks import ClassifyTokens, TokenClasses
-from agentopd.registry import datasets, environments, sandboxes, tool_codecs, verifiers
+from agentopd.registry import datasets, environments, tool_codecs, verifiers
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
+from agentopd.scaleout.verification import RaySandbox, RayVerifier, local_sandbox
 from agentopd.scoring import judge
 from agentopd.types import Episode, Split, Task, Verdict
-from agentopd.weights import add_lora
+
+if TYPE_CHECKING:
+    from agentopd.objective.masks import ClassifyTokens
 
 SENTENCE_ENDS = ("\n", ".", "!", "?", ";")
 """What ends a segment of a turn, for blocks that read a turn in segments."""
@@ -88,25 +91,43 @@ def live_options(skills: Iterable[Skill]) -> dict[str, Any]:
 
 
 class Judge:
-    """Judges episodes with the verifier of their task; verifiers are made once each, on first use."""
+    """Judges episodes with the verifier of their task; verifiers are made once each, on first use.
+
+    With a ``RaySandbox`` they judge where its programs run.
+    """
 
     def __init__(self, skills: Iterable[Skill], sandbox: Sandbox) -> None:
         self._skills = {skill.name: skill for skill in skills}
         self._verifiers: dict[str, Verifier] = {}
+        self._elsewhere: dict[tuple[str, str], Verifier] = {}
         self.sandbox = sandbox
 
     def verifier(self, skill: str, task: Task) -> Verifier:
         """The verifier of one task of a skill."""
-        config, env = self._skills[skill].config, self._skills[skill].env
-        name = config.verifier or env.verifier_for(task)  # type: ignore[attr-defined]
+        name = self._name(skill, task)
         if name not in self._verifiers:
             self._verifiers[name] = verifiers.get(name)()
         return self._verifiers[name]
 
     async def __call__(self, task: Task, episode: Episode) -> Verdict:
         """The verdict on one finished episode; machinery faults come back without an outcome."""
-        verifier = self.verifier(episode.skill, task)
+        verifier = self._judging(episode.skill, task)
         return await judge(task, episode, verifier, self.sandbox if verifier.needs_sandbox else None)
+
+    def _judging(self, skill: str, task: Task) -> Verifier:
+        """The verifier, or who stands for it where its work is done elsewhere."""
+        verifier = self.verifier(skill, task)
+        if not isinstance(self.sandbox, RaySandbox):
+            return verifier
+        env, name = self._skills[skill].config.env, self._name(skill, task)
+        if (env, name) not in self._elsewhere:
+            self._elsewhere[env, name] = RayVerifier.instead_of(verifier, self.sandbox.pool, env, name)
+        return self._elsewhere[env, name]
+
+    def _name(self, skill: str, task: Task) -> str:
+        config, env = self._skills[skill].config, self._skills[skill].env
+        name: str = config.verifier or env.verifier_for(task)  # type: ignore[attr-defined]
+        return name
 
     def compare(self, judged: Sequence[tuple[Episode, Verdict]], tasks: Mapping[str, Task]) -> list[Verdict]:
         """The verdicts, in order, each group's set against one another where its verifier does that.
@@ -132,26 +153,15 @@ class Judge:
             await self.sandbox.start()
 
 
-def build_sandbox(config: SandboxConfig, skills: Iterable[Skill] = ()) -> Sandbox:
-    """The configured sandbox backend with the libraries that the environments of ``skills`` ask for, not started."""
-    workers = config.workers or os.cpu_count() or 1
-    limits = SandboxLimits(wall_s=config.wall_s, cpu_s=config.wall_s, memory_mb=config.memory_mb)
-    backend = sandboxes.get(config.backend)
-    options = {key: value for key in ("hosts", "runtime") if (value := getattr(config, key))}
-    known = signature(backend).parameters.keys()
-    for key in options.keys() - known:
-        raise ConfigError(f"sandbox.{key} has no effect on the backend {config.backend!r}; leave it out")
-    libraries = {name: skill for skill in skills for name in getattr(skill.env, "libraries", ())}
-    if libraries and "libraries" not in known:
-        name, skill = next(iter(libraries.items()))
-        raise ConfigError(
-            f"skill {skill.name!r} needs the library {name!r} in the sandbox, which the backend {config.backend!r} "
-            "cannot offer; use the jail"
-        )
-    if libraries:
-        options["libraries"] = tuple(libraries)
-    sandbox: Sandbox = backend(workers=workers, limits=limits, **options)
-    return sandbox
+def build_sandbox(config: SandboxConfig, skills: Iterable[Skill] = (), ray: RayConfig | None = None) -> Sandbox:
+    """The configured sandbox backend with the libraries that the environments of ``skills`` ask for, not started.
+
+    With ``ray.verification_workers`` it stands for the sandboxes of workers on other machines.
+    """
+    libraries = {name: skill.name for skill in skills for name in getattr(skill.env, "libraries", ())}
+    if ray is not None and ray.verification_workers:
+        return RaySandbox.of(ray, config, libraries)
+    return local_sandbox(config, libraries)
 
 
 @dataclass
@@ -171,6 +181,8 @@ class Policy:
 
         The last only with ``segments``: it decodes every token.
         """
+        from agentopd.objective.masks import TokenClasses
+
         decode = self.tokenizer.decode
         control = frozenset(self.tokenizer.all_special_ids) | frozenset(self.renderer.end_of_turn_ids)
 
@@ -191,12 +203,19 @@ class Policy:
 
     def acting_as(self, model: Any) -> Policy:
         """The same voice with another model: a teacher that is to be measured on the student's tasks."""
+        from agentopd.engines import HFEngine
+
         engine = HFEngine(model, batch_size=self.batch_size)
         return replace(self, model=model, engine=engine)
 
 
-def build_policy(model_name: str, dtype: str, config: RolloutConfig, lora: LoRAConfig | None = None) -> Policy:
+def build_policy(
+    model_name: str, dtype: str, config: RolloutConfig, lora: LoRAConfig | None = None, ray: RayConfig | None = None
+) -> Policy:
     """Load a student and everything it acts with. Raises ``ConfigError``."""
+    from agentopd.models import load_model, load_tokenizer
+    from agentopd.weights import add_lora
+
     tokenizer = load_tokenizer(model_name)
     codec: ToolCodec = tool_codecs.get(config.codec)()
     renderer = ChatRenderer(tokenizer, codec)
@@ -208,11 +227,16 @@ def build_policy(model_name: str, dtype: str, config: RolloutConfig, lora: LoRAC
         )
     if lora is not None:
         add_lora(model, lora)
-    return Policy(model, tokenizer, codec, renderer, build_engine(model, config), config.batch_size)
+    return Policy(model, tokenizer, codec, renderer, build_engine(model, config, ray), config.batch_size)
 
 
-def build_engine(model: Any, config: RolloutConfig) -> Engine:
+def build_engine(model: Any, config: RolloutConfig, ray: RayConfig | None = None) -> Engine:
     """The configured engine, sampling from ``model``. Raises ``ConfigError`` where it is not installed."""
+    from agentopd.engines import HFEngine, VLLMEngine, VLLMServersEngine
+    from agentopd.scaleout.rollout import RayEngine
+
+    if ray is not None and ray.rollout_workers:
+        return RayEngine(model, config, ray)
     if config.engine == "vllm":
         return VLLMEngine(model, config.vllm)
     if config.engine == "vllm_servers":

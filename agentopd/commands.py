@@ -191,7 +191,7 @@ def _show_retention(matrix: RetentionMatrix, roles: Mapping[str, str], out: Path
 
 def compare(path: Path, arms: str | None, seeds: int | None, jobs: int | None, out: CompareOutput) -> None:
     """``agentopd compare``."""
-    from agentopd.compare import comparison_table, gather, make_plan, work, write_results
+    from agentopd.compare import comparison_table, everything, gather, make_plan, work, write_record, write_results
     from agentopd.errors import InfraError
 
     plan = make_plan(path, arms.split(",") if arms else (), seeds)
@@ -199,6 +199,7 @@ def compare(path: Path, arms: str | None, seeds: int | None, jobs: int | None, o
     failures = [] if out.results_only else work(plan, console, jobs)
     results = gather(plan)
     files = write_results(results, plan.out)
+    write_record(plan, everything(plan))
     if out.as_json:
         print(results.model_dump_json())
     else:

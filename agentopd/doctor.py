@@ -7,6 +7,7 @@ To add a check: write a function from a config to diagnoses and put it into ``CH
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,12 +15,21 @@ from typing import Any, Literal
 import numpy as np
 
 from agentopd.build import load_skills
+from agentopd.capacity import BF16, GIB, Shape, evidence_bytes, head_bytes, state_bytes
 from agentopd.certify.certificate import how_to_validate, is_certified
 from agentopd.config import RunConfig
 from agentopd.config.teachers import ServedTeacherConfig, TeacherConfig
 from agentopd.contracts import Teacher
 from agentopd.errors import AgentOPDError
-from agentopd.models import check_same_vocabulary, load_tokenizer, vocabulary_hash
+from agentopd.learner.head import chunk_size_of
+from agentopd.models import (
+    available_bytes,
+    check_same_vocabulary,
+    load_shape,
+    load_tokenizer,
+    settle_dtype,
+    vocabulary_hash,
+)
 from agentopd.registry import tool_codecs
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
@@ -135,4 +145,22 @@ def certificates(config: RunConfig) -> Iterable[Diagnosis]:
         yield Diagnosis("certificate", "ok" if certified else "fail", f"{name}: {'certified' if certified else todo}")
 
 
-CHECKS: tuple[Check, ...] = (chat_template, vocabulary, served_teachers, certificates)
+def memory(config: RunConfig) -> Iterable[Diagnosis]:
+    """What training the student takes on one rank that shares nothing, against what this machine has."""
+    shape, dtype = Shape.of(load_shape(config.model.student)), settle_dtype(config.model.dtype)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    parameters, stage = shape.parameters, config.learner.zero_stage
+    state = state_bytes(parameters, ranks, stage, dtype) if config.model.lora is None else BF16 * parameters
+    needed = (state + head_bytes(shape, chunk_size_of(shape.vocabulary))) / GIB
+    there = available_bytes() / GIB
+    top_k = max(blocks.top_k for blocks in config.objective.every_stage())
+    yield Diagnosis(
+        "memory",
+        "ok" if needed <= there else "warn",
+        f"{parameters:,} parameters: weights, gradients, optimiser and output head take {needed:.2f} GiB a rank, "
+        f"activations come on top, and {there:.1f} GiB are there; keys and values {shape.kv_bytes_per_token:,} B a "
+        f"token, a served teacher's answer {evidence_bytes(1, top_k)} B a token",
+    )
+
+
+CHECKS: tuple[Check, ...] = (chat_template, vocabulary, served_teachers, certificates, memory)

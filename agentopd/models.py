@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from agentopd.attention import ATTENTION
@@ -63,6 +64,16 @@ def load_model(name: str, dtype: str) -> Any:
     return model.eval().to(default_device())
 
 
+def load_shape(name: str) -> Any:
+    """The config of a causal language model, without its weights. Raises ``ConfigError``."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve_model(name)).get_text_config()
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(exc)}") from None
+
+
 def settle_dtype(name: str) -> str:
     """The dtype a config means here: ``auto`` is bfloat16 wherever the hardware computes in it, else float32.
 
@@ -84,6 +95,13 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def available_bytes() -> int:
+    """Memory of the accelerator where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def check_same_vocabulary(student: Any, teacher: Any, teacher_name: str) -> None:

@@ -30,7 +30,9 @@ Rows = npt.NDArray[np.int64]
 
 
 class Block(NamedTuple):
-    """Packed indices of queries and keys, 0 where padded, and what is added to their scores: 0 or -inf."""
+    """Indices of queries among the packed tokens and of keys among the cached and the packed ones, 0 where padded, and
+    what is added to their scores: 0 or -inf.
+    """
 
     query_bq: Tensor
     key_bt: Tensor
@@ -49,26 +51,32 @@ class Packed(NamedTuple):
     """Which of the blocks' queries, one after another, each packed token is."""
 
 
-def pack(input_ids_BT: Tensor, lengths: Sequence[int]) -> Packed:
-    """Pack the first ``lengths[b]`` tokens of each row ``b``; tensors come back on the device of the ids."""
+def pack(input_ids_BT: Tensor, lengths: Sequence[int], cached: Sequence[int] = ()) -> Packed:
+    """Pack the first ``lengths[b]`` tokens of each row ``b``; tensors come back on the device of the ids.
+
+    ``cached[b]`` tokens stand before them in a cache that holds every row's, in order and end to end.
+    """
     ids_BT: Rows = input_ids_BT.cpu().numpy()
     index_BT = np.zeros_like(ids_BT)
-    order = sorted(range(len(lengths)), key=lambda b: ids_BT[b, : lengths[b]].astype(">i8").tobytes())
-    pieces: list[tuple[Rows, int]] = []
+    known_B = np.array(cached or [0] * len(lengths), np.int64)
+    end_B = known_B.cumsum()
+    order = sorted(range(len(lengths)), key=lambda b: (known_B[b] > 0, ids_BT[b, : lengths[b]].astype(">i8").tobytes()))
+    pieces: list[tuple[Rows, Rows]] = []
     total, before, before_index = 0, ids_BT[0, :0], index_BT[0, :0]
     for row in order:
         tokens, index = ids_BT[row, : lengths[row]], index_BT[row, : lengths[row]]
-        shared = _common_prefix(before, tokens)
+        shared = 0 if known_B[row] else _common_prefix(before, tokens)
         index[:shared] = before_index[:shared]
         index[shared:] = np.arange(total, total + len(index) - shared)
         total, before, before_index = total + len(index) - shared, tokens, index
+        past = np.arange(end_B[row] - known_B[row], end_B[row])
         for start in range(shared, lengths[row], QUERIES):
             stop = min(start + QUERIES, lengths[row])
-            pieces.append((index_BT[row, :stop], stop - start))
+            pieces.append((np.concatenate([past, end_B[-1] + index[:stop]]), index[start:stop]))
     token_ids_M, positions_M = np.zeros((2, total), np.int64)
     for row, length in enumerate(lengths):
         token_ids_M[index_BT[row, :length]] = ids_BT[row, :length]
-        positions_M[index_BT[row, :length]] = np.arange(length)
+        positions_M[index_BT[row, :length]] = np.arange(known_B[row], known_B[row] + length)
     blocks, place_M = _blocks(pieces, total)
     device = input_ids_BT.device
     return Packed(
@@ -86,18 +94,19 @@ def _common_prefix(one: Rows, other: Rows) -> int:
     return int(different[0]) if len(different) else shorter
 
 
-def _blocks(pieces: Sequence[tuple[Rows, int]], total: int) -> tuple[list[Block], Rows]:
-    """Group pieces (their tokens, and how many of the last are queries) of similar length; the ``place_M`` of each."""
+def _blocks(pieces: Sequence[tuple[Rows, Rows]], total: int) -> tuple[list[Block], Rows]:
+    """Group pieces (keys, and the queries, which are the last of them) of similar length; the ``place_M`` of each."""
     blocks, place_M, filled = [], np.zeros(total, np.int64), 0
-    for members in bucket_by_length([len(tokens) for tokens, _ in pieces], KEYS):
+    for members in bucket_by_length([len(keys) for keys, _ in pieces], KEYS):
         chosen = [pieces[i] for i in members]
-        b, q, t = len(chosen), max(own for _, own in chosen), max(len(tokens) for tokens, _ in chosen)
+        b, q, t = len(chosen), max(len(queries) for _, queries in chosen), max(len(keys) for keys, _ in chosen)
         (query_bq, position_bq), key_bt = np.zeros((2, b, q), np.int64), np.zeros((b, t), np.int64)
-        for i, (tokens, own) in enumerate(chosen):
-            key_bt[i, : len(tokens)] = tokens
-            query_bq[i, :own] = tokens[-own:]
-            position_bq[i, :own] = np.arange(len(tokens) - own, len(tokens))
-            place_M[tokens[-own:]] = filled + i * q + np.arange(own)
+        for i, (keys, queries) in enumerate(chosen):
+            own = len(queries)
+            key_bt[i, : len(keys)] = keys
+            query_bq[i, :own] = queries
+            position_bq[i, :own] = np.arange(len(keys) - own, len(keys))
+            place_M[queries] = filled + i * q + np.arange(own)
         filled += b * q
         future = torch.from_numpy(np.arange(t) > position_bq[:, None, :, None])
         future_b1qt = torch.zeros(b, 1, q, t).masked_fill_(future, float("-inf"))

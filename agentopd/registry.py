@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,11 +60,10 @@ class Registry:
     def entries(self) -> dict[str, list[Entry]]:
         """Every known name with all who claim it; nothing is imported."""
         found: dict[str, list[Entry]] = {name: list(claims) for name, claims in self._local.items()}
-        for point in entry_points(group=f"agentopd.{self.group}"):
-            claims = found.setdefault(point.name, [])
-            if all(claim.origin != point.value for claim in claims):
-                owner = f" ({point.dist.name})" if point.dist else ""
-                claims.append(Entry(point.name, f"{point.value}{owner}" if owner else point.value, point.load))
+        for target, entry in _installed(self.group, tuple(sys.path)):
+            claims = found.setdefault(entry.name, [])
+            if all(claim.origin != target for claim in claims):
+                claims.append(entry)
         return {name: _distinct(claims) for name, claims in sorted(found.items())}
 
     def get(self, name: str) -> Any:
@@ -94,6 +94,16 @@ class Registry:
         close = get_close_matches(name, names, n=1)
         known = ", ".join(names) or "none"
         return f"; did you mean {close[0]!r}? (known: {known})" if close else f"; known: {known}"
+
+
+@lru_cache(maxsize=64)
+def _installed(group: str, path: tuple[str, ...]) -> list[tuple[str, Entry]]:
+    """Entry points of the distributions on ``path`` (``sys.path``), with what each names; reading them is slow."""
+    found = []
+    for point in entry_points(group=f"agentopd.{group}"):
+        owner = f" ({point.dist.name})" if point.dist else ""
+        found.append((point.value, Entry(point.name, point.value + owner, point.load)))
+    return found
 
 
 def _distinct(claims: list[Entry]) -> list[Entry]:

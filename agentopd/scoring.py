@@ -10,12 +10,14 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from agentopd.contracts import CandidateTeacher, Evidence, IntArray, Sandbox, ScoredEpisode, Teacher, Verifier
 from agentopd.errors import InfraError, SandboxError, TaskError, TeacherError, boundary
-from agentopd.teachers.views import View
 from agentopd.types import Episode, StopReason, Task, Verdict, VerdictStatus
+
+if TYPE_CHECKING:
+    from agentopd.teachers.views import View
 
 _ATTEMPTS = 2
 """A sandbox fault is retried once, on a fresh worker, before the verdict is given up."""

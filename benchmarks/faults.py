@@ -35,6 +35,7 @@ PHASES = ("rollout", "verify", "teacher", "update", "checkpoint")
 OVERRIDES = (
     f"train.steps={len(PHASES) + 1}", "train.prompts_per_step=3", "rollout.group_size=2", "eval.tasks_per_skill=2",
     "train.checkpoint_every=1", "train.retry_share=0.5", "threads=1", "objective.stages=[]",
+    *(f"suite.skills.{name}.num_train_tasks=64" for name in ("math", "repair", "store")),
 )  # fmt: skip
 SPAN_S = 0.25
 """A fault strikes within this time of the beginning of its phase."""

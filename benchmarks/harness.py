@@ -7,7 +7,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -42,6 +42,21 @@ def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object],
         mine = cpu_seconds(ours)
         ratios.append(cpu_seconds(theirs) / mine)
     return Ratio(name, statistics.median(ratios), min(ratios), max(ratios), pairs)
+
+
+def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every way, each once a round: for work too long to be repeated for every pair."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, work in ways.items():
+            found[name].append(cpu_seconds(work))
+    return found
+
+
+def ratio(name: str, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Theirs over ours, round by round."""
+    found = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return Ratio(name, statistics.median(found), min(found), max(found), len(found))
 
 
 def peak_kb(work: Callable[..., object], *arguments: object) -> int:

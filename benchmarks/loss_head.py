@@ -2,18 +2,19 @@
 
 All compute a loss and the gradients of hidden states and head, at random inputs: the reverse KL on the teacher's top-K
 ids with a bin for the rest, and against Liger the Jensen-Shannon divergence over the vocabulary, for which both sides
-also project the teacher. ``time_vs_*`` is ours over theirs, in CPU seconds of interleaved pairs; memory is the growth
-of a fresh process's peak from half of the positions to all; ``gradient_error_vs_gemm`` compares errors against fp64 at
-a size that allows it.
+also project the teacher. ``time_vs_*`` is ours over theirs, in CPU seconds of the same round; memory is the growth of a
+fresh process's peak from half of the positions to all; ``gradient_error_vs_gemm`` compares errors against fp64 at a
+size that allows it. Bare GEMMs are in the dtype asked for, which a CPU may emulate: the head then does better.
 
-``python -m benchmarks.loss_head [--positions N] [--width H] [--vocabulary V] [--dtype bfloat16] [--pairs 3]``
+``python -m benchmarks.loss_head [--positions N] [--width H] [--vocabulary V] [--dtype bfloat16] [--rounds 3]``
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,11 +26,14 @@ from agentopd.config.load import resolve_objective
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.learner.fused_head import FusedHead, HeadStreams
 from agentopd.learner.head import MIN_CHUNK, Head
+from agentopd.learner.products import emulated
 from agentopd.memory import keep_freed_memory
 from agentopd.objective.support import bucketed
-from benchmarks.harness import Ratio, compare, peak_kb, report
+from benchmarks.harness import in_turn, peak_kb, ratio, report
 
 TOP_K, ROW = 64, 128
+PEERS = {"trl": "trl", "liger": "liger-kernel"}
+NAMES = {"naive": "naive", "gemm": "bare GEMMs", "trl": "TRL's chunked top-K", "liger": "Liger's chunked JSD"}
 WHOLE = ObjectiveConfig.model_validate(
     {"divergence": {"kind": "jsd"}, "stabiliser": {"cap": None, "sequence_budget": None}}
 )
@@ -38,14 +42,14 @@ WHOLE = ObjectiveConfig.model_validate(
 class Case:
     """Inputs of one size, and every way to the loss and its gradients."""
 
-    def __init__(self, positions: int, width: int, vocabulary: int, dtype: torch.dtype) -> None:
+    def __init__(self, positions: int, width: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> None:
         g = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(positions, width, generator=g).to(dtype).requires_grad_()
-        self.weight = (torch.randn(vocabulary, width, generator=g) / width**0.5).to(dtype).requires_grad_()
-        self.teacher_hidden = torch.randn(positions, width, generator=g).to(dtype)
+        self.hidden = torch.randn(positions, width, generator=g).to(device, dtype).requires_grad_()
+        self.weight = (torch.randn(vocabulary, width, generator=g) / width**0.5).to(device, dtype).requires_grad_()
+        self.teacher_hidden = torch.randn(positions, width, generator=g).to(device, dtype)
         self.teacher_weight = self.weight.detach().roll(1, 0)
-        self.ids = torch.randint(vocabulary, (positions, TOP_K), generator=g)
-        self.teacher = torch.randn(positions, 2 * TOP_K, generator=g).log_softmax(-1)[:, :TOP_K]
+        self.ids = torch.randint(vocabulary, (positions, TOP_K), generator=g).to(device)
+        self.teacher = torch.randn(positions, 2 * TOP_K, generator=g).log_softmax(-1)[:, :TOP_K].to(device)
         self.target = self.ids[:, 0]
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +106,21 @@ class Case:
         mean = loss(self.hidden, self.weight, self.teacher_hidden, self.teacher_weight, self.target)
         return self.gradients(mean * len(self.hidden))
 
+    def liger_triton(self) -> tuple[Tensor, Tensor]:
+        """Liger's Triton kernel for the same divergence; on a GPU alone."""
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        loss = LigerFusedLinearJSD(jsd_beta=0.5)
+        mean = loss(self.hidden, self.weight, self.teacher_hidden, self.teacher_weight)
+        return self.gradients(mean * len(self.hidden))
+
     def _head(self, objective: ObjectiveConfig) -> FusedHead:
-        positions = len(self.hidden)
+        positions, device = len(self.hidden), self.hidden.device
         batch: Any = SimpleNamespace(
-            target_N=self.target, teacher_topk_ids_NK=self.ids, row_N=torch.arange(positions) // ROW,
-            teacher_N=torch.zeros(positions, dtype=torch.int64), teachers=("teacher",),
-            teacher_hidden_NG=self.teacher_hidden, supervised_N=torch.ones(positions, dtype=torch.bool),
+            target_N=self.target, teacher_topk_ids_NK=self.ids, row_N=torch.arange(positions, device=device) // ROW,
+            teacher_N=torch.zeros(positions, dtype=torch.int64, device=device), teachers=("teacher",),
+            teacher_hidden_NG=self.teacher_hidden,
+            supervised_N=torch.ones(positions, dtype=torch.bool, device=device),
         )  # fmt: skip
         return FusedHead(Head(self.weight, None), batch, objective, {"teacher": Head(self.teacher_weight, None)})
 
@@ -142,13 +155,16 @@ def once(way: str, positions: int, width: int, vocabulary: int, dtype: str) -> N
 
 
 def memory_slope(options: argparse.Namespace) -> float:
-    """Growth of our peak with the number of positions, over the naive one's."""
-    ours, naive = (
-        peak_kb(once, way, options.positions, options.width, options.vocabulary, options.dtype)
-        - peak_kb(once, way, options.positions // 2, options.width, options.vocabulary, options.dtype)
-        for way in ("fused", "naive")
-    )
-    return ours / naive
+    """Growth of our peak with the number of positions, beyond one chunk, over the naive one's.
+
+    Naive runs at a width of at most 64: its logits are as large, and are there sooner.
+    """
+    most, shape = max(options.positions, 2 * MIN_CHUNK), (options.vocabulary, options.dtype)
+
+    def growth(way: str, width: int) -> int:
+        return peak_kb(once, way, most, width, *shape) - peak_kb(once, way, most // 2, width, *shape)
+
+    return growth("fused", options.width) / growth("naive", min(options.width, 64))
 
 
 def installed(package: str) -> bool:
@@ -167,25 +183,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     keep_freed_memory()
-    case = Case(options.positions, options.width, options.vocabulary, getattr(torch, options.dtype))
-
-    def against(name: str, ours: Callable[[], object], theirs: Callable[[], object]) -> Ratio:
-        return compare(f"fused head vs {name}", ours, theirs, options.pairs)
-
-    faster = {"naive": against("naive", case.fused, case.naive), "gemm": against("bare GEMMs", case.fused, case.gemm)}
-    if installed("trl"):
-        faster["trl"] = against("TRL's chunked top-K", case.fused, case.trl)
-    if installed("liger-kernel"):
-        faster["liger"] = against("Liger's chunked JSD", case.fused_whole, case.liger)
+    ways = ["naive", "gemm", *(way for way, package in PEERS.items() if installed(package))]
+    used = ["fused", *ways, *(["fused_whole"] if "liger" in ways else [])]
+    shape = options.width, options.vocabulary, getattr(torch, options.dtype)
+    small, case = Case(min(options.positions, 16), *shape), Case(options.positions, *shape)
+    in_turn({way: getattr(small, way) for way in used}, 1)
+    seconds = in_turn({way: getattr(case, way) for way in used}, options.rounds)
+    faster = {
+        way: ratio(f"fused head vs {NAMES[way]}", seconds["fused_whole" if way == "liger" else "fused"], seconds[way])
+        for way in ways
+    }
+    print(f"products of {options.dtype} matrices are emulated: {emulated(case.weight)}")
     report(
-        {f"speedup_vs_{name}": ratio for name, ratio in faster.items()},
-        **{f"time_vs_{name}": round(1 / ratio.median, 3) for name, ratio in faster.items()},
+        {f"speedup_vs_{way}": found for way, found in faster.items()},
+        **{f"time_vs_{way}": round(1 / found.median, 3) for way, found in faster.items()},
+        **{f"cpu_s_{way}": round(median(found), 2) for way, found in seconds.items()},
         memory_slope_vs_naive=round(memory_slope(options), 4),
-        gradient_error_vs_gemm=round(gradient_error(2 * options.positions), 3),
-        **{key: getattr(options, key) for key in ("positions", "width", "vocabulary")},
+        gradient_error_vs_gemm=round(gradient_error(4096), 3),
+        **{key: getattr(options, key) for key in ("positions", "width", "vocabulary", "dtype", "rounds")},
         top_k=TOP_K,
     )
 

@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Timings belong to benchmarks/: a busy machine must not fail a property.
 settings.register_profile("agentopd", deadline=None, derandomize=True)
@@ -116,8 +117,11 @@ def honest_server(serve: Callable[..., ChatServer]) -> ChatServer:
 
 
 @pytest.fixture(scope="session")
-def chat_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+def chat_tokenizer() -> "Callable[..., PreTrainedTokenizerFast]":
     """``chat_tokenizer(family, kind=PreTrainedTokenizerFast)``: byte-level, with the family's template and markers."""
+    # Here, because every process reads this file and the one that only deals out tests needs none of it.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
     def make(family: str, kind: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         eos, bos, markers = FAMILIES[family]

@@ -5,20 +5,30 @@ import json
 from importlib.util import find_spec
 
 import pytest
+import torch
+
+from agentopd.capacity import Shape
+from agentopd.errors import SandboxError
+from benchmarks import gpu
+from benchmarks.loss_head import Case
 
 SMALL = {
-    "loss_head": ["--positions", "256", "--width", "32", "--vocabulary", "2048", "--dtype", "float32", "--pairs", "1"],
+    "loss_head": ["--positions", "256", "--width", "32", "--vocabulary", "2048", "--dtype", "float32", "--rounds", "1"],
     "packing": ["--prompts", "4", "--pairs", "1"],
     "score": ["--prompts", "2", "--pairs", "1"],
     "transport": ["--tokens", "64", "--pairs", "1"],
     "growth": ["--scale", "0.05"],
+    "episodes": ["--rounds", "1", "--episodes", "40", "--live", "8"],
+    "e2e_step": ["--prompts", "2", "--new", "4", "--rounds", "1"],
     "rollout": ["--prompts", "2", "--pairs", "1", "--dtype", "float32"],
 }
 KEYS = {
+    "episodes": {"vs_slowest", "vs_apart", "vs_slower_half", "grown_mb"},
     "loss_head": {"time_vs_naive", "time_vs_gemm", "memory_slope_vs_naive", "gradient_error_vs_gemm"},
     "packing": {"time_vs_padded", "time_vs_buckets", "packed_tokens"},
     "score": {"vs_forward", "alone_vs_forward"},
     "transport": {"bytes_per_token", "microseconds_per_token", "speedup_vs_json"},
+    "e2e_step": {"tokens_per_cpu_s_whole", "tokens_per_cpu_s_topk"},
     "growth": {f"exponent_{name}" for name in ("tasks", "turns", "positions", "length", "workers")},
     "rollout": {"vs_hf_generate"},
 }
@@ -33,9 +43,32 @@ SMALL_WITH_VLLM = SMALL | {"weight_sync": ["--rounds", "2", "--steps", "2", "--p
 @pytest.mark.filterwarnings("default")  # of peers
 @pytest.mark.parametrize("name", SMALL)
 def test_it_ends_with_its_figures(name, capsys):
-    figures = figures_of(name, SMALL[name], capsys)
+    try:
+        figures = figures_of(name, SMALL[name], capsys)
+    except SandboxError as error:
+        pytest.skip(f"no sandbox here: {error}")
     assert KEYS[name] <= figures.keys()
     assert all(isinstance(figures[key], int | float) for key in KEYS[name])
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_gpu_suite_at_toy_size():
+    most = gpu.ceiling("cpu", torch.float32, (64, 128), 2)
+    found = gpu.head(Case(256, 32, 512, torch.float32), ["naive", "gemm"], most, 1)
+    assert found["share_of_ceiling"] > 0 and {"time_vs_naive", "time_vs_gemm", "ms_fused", "gib_naive"} <= found.keys()
+    shape = Shape(2, 32, 64, 2, 1, 16, 64, tied=True)
+    assert (
+        sum(weight.numel() for weight in gpu.random_model(shape, torch.float32, "cpu").parameters()) == shape.parameters
+    )
+    found = gpu.step(shape, gpu.StepSize(prompts=2, prompt=5, new=4, steps=1), "cpu", torch.float32, most)
+    assert found["s_learner"] > 0 and found["learner_share_of_ceiling"] > 0 and found["sampled_tokens_per_s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_suite_refuses_a_machine_without_one(capsys):
+    with pytest.raises(SystemExit) as left:
+        gpu.main([])
+    assert left.value.code == 2 and "needs a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.vllm

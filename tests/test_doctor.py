@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_the_quickstart_is_healthy(capsys):
     found = diagnose(load_run_config(QUICKSTART))
-    assert {item.check for item in found} == {"chat template", "tool calls", "vocabulary", "certificate"}
+    assert {item.check for item in found} == {"chat template", "tool calls", "vocabulary", "certificate", "memory"}
     assert [item for item in found if item.level != "ok"] == []
     commands.doctor(QUICKSTART, [], plain=True)
     assert len(capsys.readouterr().out.strip().splitlines()) == len(found)

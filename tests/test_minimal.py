@@ -160,6 +160,7 @@ class DigitTokenizer:
         return " ".join(str(int(i)) for i in ids)
 
 
+@pytest.mark.slow
 def test_one_whole_step_of_the_twin_runs(minimal):
     random.seed(0)
     torch.manual_seed(0)

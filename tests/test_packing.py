@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 from agentopd import attention, packing
 from agentopd.attention import ATTENTION
-from agentopd.learner.body import hidden_states, packs
+from agentopd.engines.cache import caching, empty_cache, joined, read_row
+from agentopd.learner.body import hidden_states, packed_states, packs
 from agentopd.packing import pack
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # the model's norms are in float32
@@ -62,6 +63,26 @@ def test_packed_rows_get_the_states_and_gradients_of_rows_alone(rows, queries, k
         grads = [torch.autograd.grad((x * weight).sum(), leaves) for x in (found, expected)]
     for ours, theirs in zip(*grads, strict=True):
         assert_close(ours, theirs, **CLOSE)
+
+
+@settings(max_examples=20, deadline=None)
+@given(ROWS, st.data(), st.integers(1, 4), st.integers(4, 20))
+def test_rows_go_on_from_what_a_cache_holds(rows, data, queries, keys):
+    model, known = qwen(), [data.draw(st.integers(0, len(row) - 1)) for row in rows]
+    expected, kept = [], []
+    for row, past in zip(rows, known, strict=True):
+        alone = empty_cache()
+        states = model.base_model(input_ids=torch.tensor([row]), **caching(model, alone)).last_hidden_state[0]
+        expected.append(states[past:])
+        kept.append(read_row(alone, 0, [(0, past)], tuple(row[:past])) if past else None)
+    cache, new = joined(kept), [row[past:] for row, past in zip(rows, known, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "QUERIES", queries)
+        patch.setattr(packing, "KEYS", keys)
+        packed = pack(padded(new), [len(row) for row in new], known)
+    states_MH = packed_states(model, packed, **caching(model, cache))
+    for index, states in enumerate(expected):
+        assert_close(states_MH[packed.index_BT[index, : len(states)]], states, **CLOSE)
 
 
 def test_which_models_pack_is_found_by_trying():

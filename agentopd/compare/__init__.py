@@ -3,6 +3,19 @@
 from agentopd.compare.export import comparison_table, write_results
 from agentopd.compare.plan import Plan, PlannedRun, make_plan
 from agentopd.compare.queue import work
-from agentopd.compare.results import Results, gather
+from agentopd.compare.recorded import write_record
+from agentopd.compare.records import Results
+from agentopd.compare.results import everything, gather
 
-__all__ = ["Plan", "PlannedRun", "Results", "comparison_table", "gather", "make_plan", "work", "write_results"]
+__all__ = [
+    "Plan",
+    "PlannedRun",
+    "Results",
+    "comparison_table",
+    "everything",
+    "gather",
+    "make_plan",
+    "work",
+    "write_record",
+    "write_results",
+]

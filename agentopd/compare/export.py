@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from agentopd.compare.results import ArmResult, Results
+from agentopd.compare.records import ArmResult, Results
 from agentopd.console import DASH
 from agentopd.evaluation.statistics import Interval, seeds_interval
 from agentopd.report import write_curves_page

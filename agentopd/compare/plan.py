@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agentopd.config import PRESETS, RunConfig, load_run_config
 from agentopd.config.comparison import ArmConfig, ComparisonConfig
 from agentopd.config.load import load_section
 from agentopd.errors import ConfigError
+from agentopd.models import model_hash
 
 START = "start"
 
@@ -42,7 +45,39 @@ class Plan:
     out: Path
     runs: tuple[PlannedRun, ...]
     """Seed by seed, so that an interrupted comparison has whole seeds to compare."""
+    base: Path
+    """The run config that every arm changes."""
     start: PlannedRun | None = None
+    record: Path | None = None
+    """Results of earlier sittings."""
+
+    def planned(self, arm: str, seed: int) -> PlannedRun:
+        """The run of an arm at a seed, with its resolved config. Raises ``ConfigError``."""
+        chosen, student = self.comparison.arms[arm], self.start and f"model.student={self.start.path / 'model'}"
+        # Shared overrides come after the arm's preset, which starts the objective afresh, and before the arm's own.
+        preset = [f"objective.preset={chosen.preset}"] if chosen.preset else []
+        shared = [*self.comparison.set, *([student] if student else [])]
+        given = [*preset, *shared, *chosen.set, f"seed={seed}", f"run_dir={self.out / arm / f'seed-{seed}'}"]
+        try:
+            return PlannedRun(arm, seed, load_run_config(self.base, given))
+        except ConfigError as exc:
+            raise ConfigError(f"arm {arm!r}: {exc}") from None
+
+    def preset_of(self, arm: str) -> str:
+        """The preset that an arm's objective is made from."""
+        return self.planned(arm, self.comparison.seeds_of(arm)[0]).config.objective.preset
+
+    def fingerprint(self, run: PlannedRun) -> str:
+        """Digest of what decides a run's figures: its config, and the weights or the run that its models come from."""
+        config = run.config.model_dump(mode="json", exclude={"run_dir", "tracking"})
+        if self.start is not None and run is not self.start:
+            config["model"]["student"] = self.fingerprint(self.start)
+        else:
+            config["model"]["student"] = model_hash(run.config.model.student)
+        for name, teacher in config["teachers"].items():
+            if "model" in teacher:
+                config["teachers"][name]["model"] = model_hash(teacher["model"])
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_plan(path: Path, arms: Sequence[str] = (), num_seeds: int | None = None) -> Plan:
@@ -53,32 +88,19 @@ def make_plan(path: Path, arms: Sequence[str] = (), num_seeds: int | None = None
     """
     comparison = _read(path, arms)
     here = path.parent
-    config, out = _beside(here, comparison.config), Path(comparison.out)
+    out = Path(comparison.out)
     start = None
-    overrides = list(comparison.set)
     if comparison.start is not None:
-        run_dir = out / START
-        made = load_run_config(_beside(here, comparison.start.config), [*comparison.start.set, f"run_dir={run_dir}"])
+        given = [*comparison.start.set, f"run_dir={out / START}"]
+        made = load_run_config(_beside(here, comparison.start.config), given)
         start = PlannedRun(START, made.seed, made)
-        overrides.append(f"model.student={run_dir / 'model'}")
+    record = here / comparison.record if comparison.record else None
+    plan = Plan(comparison, out, (), _beside(here, comparison.config), start, record)
     chosen = list(arms) or list(comparison.arms)
     pairs = [(arm, seed) for arm in chosen for seed in comparison.seeds_of(arm)[:num_seeds]]
     order = {pair: (comparison.seeds_of(pair[0]).index(pair[1]), index) for index, pair in enumerate(pairs)}
-    runs = [
-        _planned(config, [*overrides], comparison.arms[arm], arm, seed, out)
-        for arm, seed in sorted(pairs, key=lambda pair: order[pair])
-    ]
-    return Plan(comparison, out, tuple(runs), start)
-
-
-def _planned(config: Path, shared: list[str], arm: ArmConfig, name: str, seed: int, out: Path) -> PlannedRun:
-    # Shared overrides come after the arm's preset, which starts the objective afresh, and before the arm's own.
-    preset = [f"objective.preset={arm.preset}"] if arm.preset else []
-    given = [*preset, *shared, *arm.set, f"seed={seed}", f"run_dir={out / name / f'seed-{seed}'}"]
-    try:
-        return PlannedRun(name, seed, load_run_config(config, given))
-    except ConfigError as exc:
-        raise ConfigError(f"arm {name!r}: {exc}") from None
+    runs = [plan.planned(*pair) for pair in sorted(pairs, key=lambda pair: order[pair])]
+    return replace(plan, runs=tuple(runs))
 
 
 def _read(path: Path, arms: Sequence[str]) -> ComparisonConfig:

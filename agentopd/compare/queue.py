@@ -20,6 +20,7 @@ from rich.console import Console
 
 from agentopd.checkpoint import list_checkpoints
 from agentopd.compare.plan import Plan, PlannedRun
+from agentopd.compare.recorded import recorded
 from agentopd.config import dump_toml, load_run_config
 from agentopd.console import Advance, progress
 from agentopd.errors import UserError
@@ -39,10 +40,11 @@ def work(plan: Plan, console: Console, jobs: int | None = None) -> list[str]:
     for run in (*([plan.start] if plan.start else []), *plan.runs):
         _check_same_config(plan, run)
     at_once = jobs or plan.comparison.jobs or _default_jobs(plan)
-    failures: list[str] = []
-    if plan.start is not None and not finished(plan.start):
+    known, failures = recorded(plan), list[str]()
+    missing = [run for run in plan.runs if (run.arm, run.seed) not in known]
+    if missing and plan.start is not None and not finished(plan.start):
         failures = _work(plan, [plan.start], console, 1)
-    return failures or _work(plan, plan.runs, console, at_once)
+    return failures or _work(plan, missing, console, at_once)
 
 
 def finished(run: PlannedRun) -> bool:

@@ -9,96 +9,46 @@ from typing import Any
 
 from agentopd.compare.plan import Plan, PlannedRun
 from agentopd.compare.queue import finished
+from agentopd.compare.recorded import Key, recorded
+from agentopd.compare.records import ArmResult, ArmTest, CurvePoint, Results, SeedResult
 from agentopd.config.comparison import START_ARM
 from agentopd.evaluation.comparison import SeedDifference, benjamini_hochberg, holm, paired_seeds
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.report.collect import RunData, collect
 from agentopd.tracking import Session
-from agentopd.types import Record, VersionedRecord
-
-
-class CurvePoint(Record):
-    """Held-out scores at one evaluation."""
-
-    step: int
-    skills: dict[str, float]
-
-
-class SeedResult(Record):
-    """One run. Scores are success in [0, 1]; None where there is nothing to average."""
-
-    seed: int
-    skills: dict[str, float]
-    """Final score of every skill."""
-    new_skills: float | None
-    """Mean final score of the new skills."""
-    retention: float | None
-    """Mean change of the skills known before the last stage, since each was learned; 0 is all kept."""
-    forgetting: float | None
-    """Mean over the same skills of best earlier score minus the last."""
-    tokens: float = 0.0
-    """Sampled by the student in training."""
-    replay_tokens: float = 0.0
-    """Of those, on replayed prompts."""
-    teacher_tokens: float = 0.0
-    """Read by teachers."""
-    cpu_seconds: float = 0.0
-    """Of training and the evaluations before its last step."""
-    broken: tuple[str, ...] = ()
-    """Skills that lost more than the suite tolerates."""
-    curve: tuple[CurvePoint, ...] = ()
-
-
-class ArmResult(Record):
-    """All finished runs of one arm."""
-
-    seeds: tuple[SeedResult, ...]
-    preset: str | None = None
-
-    def by_seed(self, measure: str) -> dict[int, float]:
-        """A measure of ``SeedResult`` by seed, where there is one."""
-        values = {result.seed: getattr(result, measure) for result in self.seeds}
-        return {seed: value for seed, value in values.items() if value is not None}
-
-
-class ArmTest(Record):
-    """An arm against the baseline on one measure, paired over seeds; corrected over all tests of the comparison."""
-
-    arm: str
-    measure: str
-    difference: SeedDifference
-    p_holm: float
-    p_bh: float
-
-
-class Results(VersionedRecord):
-    """A comparison as far as it got."""
-
-    name: str
-    baseline: str
-    arms: dict[str, ArmResult]
-    tests: tuple[ArmTest, ...]
-    tolerated_drop: float | None
-    planned: int
-    finished: int
-    machine: dict[str, Any]
-    versions: dict[str, str]
-
 
 MEASURES = ("new_skills", "retention")
 
 
 def gather(plan: Plan) -> Results:
-    """Read every finished run. Arms without one are left out; the untrained student comes first."""
-    done = [run for run in plan.runs if finished(run)]
-    data = {run.name: collect(run.path) for run in done}
-    arms: dict[str, ArmResult] = {}
-    if done:
-        arms[START_ARM] = ArmResult(seeds=_start_rows(done, data))
-    for name in dict.fromkeys(run.arm for run in done):
-        mine = [run for run in done if run.arm == name]
-        seeds = tuple(seed_result(run.seed, data[run.name]) for run in sorted(mine, key=lambda run: run.seed))
-        arms[name] = ArmResult(seeds=seeds, preset=mine[0].config.objective.preset)
+    """Every finished run, from its directory or from the record. Arms without one are left out; the untrained student
+    comes first.
+    """
+    found = recorded(plan)
+    for run in plan.runs:
+        if finished(run):
+            found |= _read(plan, run)
+    chosen = {run.arm for run in plan.runs}
+    return _results(plan, {key: item for key, item in found.items() if key[0] in chosen or key[0] == START_ARM})
+
+
+def everything(plan: Plan) -> Results:
+    """``gather``, and beside it what the record has of arms that were not asked for this time."""
+    here = gather(plan)
+    found = {(name, item.seed): item for name, arm in here.arms.items() for item in arm.seeds}
+    return _results(plan, {**recorded(plan), **found})
+
+
+def _results(plan: Plan, found: Mapping[Key, SeedResult]) -> Results:
+    order = (START_ARM, *plan.comparison.arms)
+    arms = {
+        name: ArmResult(
+            seeds=tuple(found[key] for key in sorted(found) if key[0] == name),
+            preset=None if name == START_ARM else plan.preset_of(name),
+        )
+        for name in order
+        if any(key[0] == name for key in found)
+    }
     declared = next((run.config.suite.retention for run in plan.runs), None)
     return Results(
         name=plan.comparison.name,
@@ -107,10 +57,21 @@ def gather(plan: Plan) -> Results:
         tests=arm_tests(arms, plan.comparison.tested_against),
         tolerated_drop=declared.tolerated_drop if declared else None,
         planned=len(plan.runs),
-        finished=len(done),
+        finished=sum((run.arm, run.seed) in found for run in plan.runs),
         machine={"platform": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count()},
         versions={"python": platform.python_version(), **Session.now(()).packages},
     )
+
+
+def _read(plan: Plan, run: PlannedRun) -> dict[Key, SeedResult]:
+    """A finished run, and the untrained student that it measured first."""
+    data = collect(run.path)
+    known = {"config": plan.fingerprint(run), "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}
+    found = {(run.arm, run.seed): seed_result(run.seed, data).model_copy(update=known)}
+    if data.base is not None:
+        untrained = SeedResult(seed=run.seed, **_scores(data, data.base.result), retention=0.0, forgetting=0.0)
+        found[START_ARM, run.seed] = untrained
+    return found
 
 
 def seed_result(seed: int, run: RunData) -> SeedResult:
@@ -147,16 +108,6 @@ def arm_tests(arms: Mapping[str, ArmResult], baseline: str) -> tuple[ArmTest, ..
     return tuple(
         ArmTest(arm=name, measure=measure, difference=difference, p_holm=p_holm, p_bh=p_bh)
         for (name, measure, difference), p_holm, p_bh in corrected
-    )
-
-
-def _start_rows(done: Sequence[PlannedRun], data: Mapping[str, RunData]) -> tuple[SeedResult, ...]:
-    """The untrained student, once per seed: every run begins by measuring it."""
-    by_seed = {run.seed: data[run.name] for run in done}
-    return tuple(
-        SeedResult(seed=seed, **_scores(run, run.base.result), retention=0.0, forgetting=0.0)
-        for seed, run in sorted(by_seed.items())
-        if run.base is not None
     )
 
 

@@ -50,6 +50,9 @@ class ComparisonConfig(Section):
     """The run config that every arm changes."""
     out: str
     """Where the runs and the results go, one directory a run; a second start continues there."""
+    record: str | None = None
+    """A file of results to keep with the project, beside this one or by path from it. A run in it counts as finished
+    while its config and models are the same, whatever machine it ran on; finished runs are added."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds. Held-out tasks are the same for every arm and seed."""
     set: Overrides = ()

@@ -13,6 +13,7 @@ from agentopd.config.model import ModelConfig
 from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
 from agentopd.config.retention import GuardConfig, ReplayConfig, StageConfig
 from agentopd.config.rollout import RolloutConfig
+from agentopd.config.scaleout import RayConfig
 from agentopd.config.suite import SkillConfig, SuiteConfig
 from agentopd.config.teachers import AnyTeacherConfig, JudgeConfig, ServedTeacherConfig, TeacherConfig
 
@@ -125,6 +126,7 @@ class RunConfig(Section):
     """Stages of a continual run, in order; none trains every new skill at once for ``train.steps``."""
     eval: EvalConfig = EvalConfig()
     sandbox: SandboxConfig = SandboxConfig()
+    ray: RayConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
 
@@ -151,6 +153,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _inputs_present(self) -> RunConfig:
         """Every combination that lacks an input is refused here, before anything is loaded."""
+        if self.ray is not None and self.ray.rollout_workers and self.rollout.engine != "hf":
+            raise ValueError(
+                f"ray.rollout_workers are 'hf' engines, and rollout.engine is {self.rollout.engine!r}: set one of them"
+            )
         new = [skill for skill in self.suite.skills if skill.role == "new"]
         if not new:
             raise ValueError("no skill has role 'new': there is nothing to train")

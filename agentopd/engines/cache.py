@@ -1,6 +1,6 @@
 """Keys and values of the in-process engine: buffers written in place, and rows kept from one turn to the next.
 
-Shapes: B rows, H key-value heads, T columns of a batch's buffer, P cached tokens of one row, D head width.
+Shapes: B rows, H key-value heads, P cached tokens of one row, D head width.
 """
 
 from __future__ import annotations
@@ -86,22 +86,15 @@ def read_row(cache: Cache, row: int, spans: Sequence[tuple[int, int]], token_ids
     return Row(token_ids, torch.stack(pieces))
 
 
-def load_rows(rows: Sequence[Row | None]) -> tuple[Cache, int]:
-    """A cache of B rows, each left-aligned, and its width; columns that a row does not have are zero."""
-    width = max((len(row.token_ids) for row in rows if row), default=0)
+def joined(rows: Sequence[Row | None]) -> Cache:
+    """A cache of one row that holds those of ``rows`` that there are, end to end."""
     cache = empty_cache()
-    found = next((row.kv for row in rows if row), None)
-    if found is None:
-        return cache, 0
-    parts, heads, _, head_width = found.shape
-    # Zeros, not left as allocated: a masked column still meets a weight of 0, and 0 times NaN is NaN.
-    buffers = found.new_zeros(parts, len(rows), heads, width, head_width)
-    for index, row in enumerate(rows):
-        if row:
-            buffers[:, index, :, : row.kv.shape[2]] = row.kv
-    for layer in range(parts // 2):
-        cache.update(buffers[2 * layer], buffers[2 * layer + 1], layer)
-    return cache, width
+    found = [row.kv for row in rows if row]
+    if found:
+        keys_and_values = torch.cat(found, dim=2)[:, None]
+        for layer in range(len(keys_and_values) // 2):
+            cache.update(keys_and_values[2 * layer], keys_and_values[2 * layer + 1], layer)
+    return cache
 
 
 class TurnCache:

@@ -3,7 +3,8 @@
 Prompts are packed for the prefill, every shared beginning (the copies of a group, a common system message) once, and
 their keys and values then laid out row by row, padded on the right. The last prompt token goes through the decode
 step, so that the prefill needs no logits. Rows that finish leave the batch in bulk. What a turn computed is kept for
-the episode's next one, which then prefills only the tool results in between.
+the episode's next one, which then prefills only the tool results in between; a model that cannot be packed prefills its
+whole prompt every turn.
 
 Shapes: B rows, L padded length of the tokens to prefill, T cache columns, V vocabulary.
 """
@@ -19,11 +20,13 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, groupby
 from typing import Any
 
+import numpy as np
 import torch
+from transformers.cache_utils import Cache
 
 from agentopd.attention import ATTENTION
 from agentopd.contracts import Generation, GenerationRequest
-from agentopd.engines.cache import TurnCache, caching, empty_cache, load_rows, read_row
+from agentopd.engines.cache import TurnCache, caching, empty_cache, joined, read_row
 from agentopd.engines.requests import check_finite, check_fits
 from agentopd.engines.sampling import UniformStreams, sample
 from agentopd.errors import EngineError, boundary
@@ -133,15 +136,10 @@ class _Batch:
         prompts = [tuple(request.token_ids) for request in requests]
         self.next_B = self._tensor([prompt[-1] for prompt in prompts])
         self.position_B = self._tensor([len(prompt) - 1 for prompt in prompts])
-        kept = [turns.take(request.session, request.token_ids) for request in requests]
-        self.known = [len(row.token_ids) if row else 0 for row in kept]
-        """Tokens of each request whose keys and values an earlier turn left: the first columns of its row."""
-        self.cache, self.loaded = load_rows(kept)
-        """The first ``loaded`` columns hold those, each row padded on the right."""
+        self.packs = packs(model)
+        self.columns = self.prefill_end = max(map(len, prompts)) - 1
+        self.cache = self._prefilled(prompts)
         self.caching = caching(model, self.cache)
-        new = [prompt[known:-1] for prompt, known in zip(prompts, self.known, strict=True)]
-        self.columns = self.loaded + (self._extend(new) if self.loaded else self._prefill(new))
-        self.prefill_end = self.columns
         self.mask_BT = self._mask(self.columns + max(self.room))
 
     def step(self) -> None:
@@ -168,54 +166,49 @@ class _Batch:
             for ids, logprobs, stopped in zip(self.sampled, self.logprobs, self.stopped, strict=True)
         ]
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> int:
-        """Fill the cache with all but the last token of every prompt; returns the padded length L."""
-        length = max(map(len, prompts))
-        if length == 0:
-            return 0
-        if packs(self.model):
-            self._prefill_packed(self._padded(prompts, length), [len(prompt) for prompt in prompts])
-            return length
+    def _prefilled(self, prompts: Sequence[tuple[int, ...]]) -> Cache:
+        """Keys and values of all but the last token of every prompt, in its row's first columns."""
+        if not self.packs:
+            return self._padded_prefill([prompt[:-1] for prompt in prompts])
+        kept = [self.turns.take(request.session, request.token_ids) for request in self.requests]
+        known = [len(row.token_ids) if row else 0 for row in kept]
+        found, cache = joined(kept), empty_cache()
+        index_BT = self._fill(found, [prompt[n:-1] for prompt, n in zip(prompts, known, strict=True)], known)
+        for layer, source in enumerate(found.layers):
+            rows = (x[0][:, index_BT].transpose(0, 1) for x in (source.keys, source.values))
+            cache.update(*rows, layer)
+        return cache
+
+    def _fill(self, found: Cache, new: Sequence[tuple[int, ...]], known: Sequence[int]) -> torch.Tensor:
+        """Add what each prompt has beyond its ``known`` tokens; returns where in ``found`` each of its tokens is."""
+        before, index_BT = sum(known), np.zeros((len(new), self.columns), np.int64)
+        if any(new):
+            packed = pack(self._padded(new, max(map(len, new))), list(map(len, new)), known)
+            packed_states(self.model, packed, **caching(self.model, found))
+            new_BT = before + packed.index_BT.cpu().numpy()
+        start = 0
+        for row, (past, tokens) in enumerate(zip(known, new, strict=True)):
+            index_BT[row, :past] = np.arange(start, start + past)
+            start += past
+            if tokens:
+                index_BT[row, past : past + len(tokens)] = new_BT[row, : len(tokens)]
+        return torch.from_numpy(index_BT).to(self.device)
+
+    def _padded_prefill(self, prompts: Sequence[tuple[int, ...]]) -> Cache:
+        cache = empty_cache()
+        if not self.columns:
+            return cache
         distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        self.model(input_ids=self._padded(list(distinct), length), logits_to_keep=1, **self.caching)
+        input_ids_BL = self._padded(list(distinct), self.columns)
+        self.model(input_ids=input_ids_BL, logits_to_keep=1, **caching(self.model, cache))
         if len(distinct) < len(prompts):
-            self.cache.batch_select_indices(self._tensor([distinct[prompt] for prompt in prompts]))
-        return length
-
-    def _prefill_packed(self, input_ids_BL: torch.Tensor, lengths: Sequence[int]) -> None:
-        """Run every shared beginning once, then lay the keys and values out row by row."""
-        packed, found = pack(input_ids_BL, lengths), empty_cache()
-        packed_states(self.model, packed, **caching(self.model, found))
-        for index, layer in enumerate(found.layers):
-            rows = (x[0][:, packed.index_BT].transpose(0, 1) for x in (layer.keys, layer.values))
-            self.cache.update(*rows, index)
-
-    def _extend(self, new: Sequence[tuple[int, ...]]) -> int:
-        """Add what each prompt has beyond its cached tokens, all but the last; returns the padded length L."""
-        length = max(map(len, new))
-        if length == 0:
-            return 0
-        known_B, column_T = self._tensor(self.known), torch.arange(self.loaded + length, device=self.device)
-        row_L = torch.arange(length, device=self.device)
-        past_BT = (column_T < known_B[:, None]) & (column_T < self.loaded)
-        own_LT = (column_T >= self.loaded) & (column_T - self.loaded <= row_L[:, None])
-        self.model(
-            input_ids=self._padded(new, length),
-            attention_mask=self._additive(past_BT[:, None, None, :] | own_LT),
-            position_ids=known_B[:, None] + row_L,
-            **self.caching,
-            logits_to_keep=1,
-        )
-        return length
+            cache.batch_select_indices(self._tensor([distinct[prompt] for prompt in prompts]))
+        return cache
 
     def _mask(self, width: int) -> torch.Tensor:
         """Additive mask over cache columns: a row sees its own prompt and everything sampled, not the padding."""
         column_T = torch.arange(width, device=self.device)
-        known_B1 = self._tensor(self.known)[:, None]
-        new_B1 = self.position_B[:, None] - known_B1
-        past_BT = (column_T < known_B1) & (column_T < self.loaded)
-        own_BT = (column_T >= self.loaded) & (column_T < self.loaded + new_B1)
-        return self._additive(past_BT | own_BT | (column_T >= self.columns))
+        return self._additive((column_T < self.position_B[:, None]) | (column_T >= self.columns))
 
     def _additive(self, visible: torch.Tensor) -> torch.Tensor:
         return torch.zeros(visible.shape, dtype=self.model.dtype, device=self.device).masked_fill_(
@@ -243,11 +236,9 @@ class _Batch:
             index = self.rows[row]
             request, sampled = self.requests[index], self.sampled[index]
             # A turn that was cut off ends its episode; the last token sampled was never fed.
-            if not request.session or not self.stopped[index] or not self.turns.max_bytes:
+            if not (self.packs and request.session and self.stopped[index] and self.turns.max_bytes):
                 continue
-            known, length = self.known[index], len(request.token_ids)
-            new = (self.loaded, self.loaded + length - 1 - known)
-            spans = ((0, known), new, (self.prefill_end, self.prefill_end + len(sampled)))
+            spans = ((0, len(request.token_ids) - 1), (self.prefill_end, self.prefill_end + len(sampled)))
             tokens = (*request.token_ids, *sampled[:-1])
             self.turns.put(request.session, read_row(self.cache, row, spans, tokens))
 

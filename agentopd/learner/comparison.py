@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from agentopd.learner.head import LogSoftmax, vocabulary_blocks
+from agentopd.learner.head import LogSoftmax
+from agentopd.learner.products import vocabulary_blocks
 from agentopd.objective.divergences import Kernel
 
 
@@ -26,6 +27,17 @@ class Comparison(Protocol):
     def add_gradient(self, gradient: Tensor, block: slice, scale_c: Tensor) -> None:
         """Add its gradient on one block of the student's logits, times ``scale_c``, to ``gradient``."""
         ...
+
+
+class Nowhere:
+    """No position takes part: a divergence of 0. ``merged`` where other positions' changes with what follows."""
+
+    def __init__(self, student: LogSoftmax, merged: bool) -> None:
+        self.divergence_c = torch.zeros_like(student.log_total_c1[:, 0])
+        self.rest_slope_c = torch.zeros_like(self.divergence_c) if merged else None
+
+    def add_gradient(self, gradient: Tensor, block: slice, scale_c: Tensor) -> None:
+        """Nothing."""
 
 
 class Pointwise:

@@ -58,19 +58,22 @@ class _Scorer(nn.Module):
             parts, sums = add_sums(parts, output.parts), add_sums(sums, output.sums)
             return output.loss
 
-        hidden_NH, fused = self._read(batch, objective)
-        return fused.loss(hidden_NH, loss_of), parts, sums
+        hidden_NH = self._hidden(batch)
+        return self._head(batch, objective).loss(hidden_NH, loss_of), parts, sums
 
     @torch.no_grad()
     def streams(self, batch: Batch, objective: Blocks) -> HeadStreams:
         """What the objective reads of the policy as it is."""
+        hidden_NH = self._hidden(batch)
+        # After the body: where the head is its embedding too, ZeRO-3 lets go of it when that layer is done.
         with gathered([x for x in output_head(self.model)[:2] if x is not None]):
-            hidden_NH, fused = self._read(batch, objective)
-            return fused.streams(hidden_NH)
+            return self._head(batch, objective).streams(hidden_NH)
 
-    def _read(self, batch: Batch, objective: Blocks) -> tuple[Tensor, FusedHead]:
-        hidden_NH = hidden_states(self.model, batch.input_ids_BT, batch.row_N, batch.position_N)
-        return hidden_NH, FusedHead(output_head(self.model), batch, objective, self._teacher_heads)
+    def _hidden(self, batch: Batch) -> Tensor:
+        return hidden_states(self.model, batch.input_ids_BT, batch.row_N, batch.position_N)
+
+    def _head(self, batch: Batch, objective: Blocks) -> FusedHead:
+        return FusedHead(output_head(self.model), batch, objective, self._teacher_heads)
 
 
 class DeepSpeedLearner:

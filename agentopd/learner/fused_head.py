@@ -27,8 +27,10 @@ from agentopd.config.objective import Blocks
 from agentopd.config.objective_blocks import NoDivergence
 from agentopd.config.objective_data import GOLD
 from agentopd.errors import ConfigError
-from agentopd.learner.comparison import Comparison, Merged, Pointwise
-from agentopd.learner.head import Head, LogSoftmax, chunk_size, fine, head_logprobs, vocabulary_blocks
+from agentopd.learner import products
+from agentopd.learner.comparison import Comparison, Merged, Nowhere, Pointwise
+from agentopd.learner.head import Head, LogSoftmax, chunk_size, fine, head_logprobs
+from agentopd.learner.products import vocabulary_blocks
 from agentopd.objective.divergences import kernel
 from agentopd.objective.gold import gold_divergence, rest_logprobs
 from agentopd.objective.streams import Batch
@@ -140,12 +142,15 @@ class FusedHead:
     def _comparison(self, student: LogSoftmax, start: int, stop: int) -> Comparison:
         batch, divergence, alignment = self._batch, self._objective.divergence, self._objective.alignment
         assert not isinstance(divergence, NoDivergence)
+        part_c = batch.supervised_N[start:stop]
+        if not part_c.any():  # a rank without episodes knows no teacher, nor does a row beside the student's
+            return Nowhere(student, merged=isinstance(alignment, GOLD))
         name = batch.teachers[int(batch.teacher_N[start])]
         head = self._teacher_heads.get(name)
         if head is None:
             raise ConfigError(f"teacher {name!r} is not in this process: whole distributions cannot be compared")
         hidden_cG = batch.teacher_hidden_NG[start:stop, : head.weight.shape[1]].to(head.weight.dtype)
-        other_cV, part_c, compare = head.logits(hidden_cG), batch.supervised_N[start:stop], kernel(divergence)
+        other_cV, compare = head.logits(hidden_cG), kernel(divergence)
         if not isinstance(alignment, GOLD):
             return Pointwise(student.logits, other_cV, part_c, compare)
         assert self._rest_N2 is not None
@@ -188,16 +193,11 @@ class _Gradients:
 
     def add(self, start: int, hidden_cH: Tensor, slope_cV: Tensor) -> None:
         """The share of the positions from ``start``, given the loss's gradient on their logits."""
-        torch.mm(slope_cV, self._weight, out=self.hidden_NH[start : start + len(hidden_cH)])
+        products.into_hidden(slope_cV, self._weight, self.hidden_NH[start : start + len(hidden_cH)])
         if self.bias_V is not None:
             self.bias_V += slope_cV.sum(0, dtype=self.bias_V.dtype)
-        if self.weight_VH is None:
-            return
-        for block in vocabulary_blocks(slope_cV):
-            if self.weight_VH.dtype == hidden_cH.dtype:
-                self.weight_VH[block].addmm_(slope_cV[:, block].t(), hidden_cH)
-            else:
-                self.weight_VH[block] += slope_cV[:, block].t() @ hidden_cH
+        if self.weight_VH is not None:
+            products.add_to_weight(self.weight_VH, slope_cV, hidden_cH)
 
 
 class _Fused(torch.autograd.Function):

@@ -7,20 +7,19 @@ N positions, c positions of a chunk, H hidden width, K ids per position, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from agentopd.errors import ConfigError
+from agentopd.learner import products
+from agentopd.learner.products import vocabulary_blocks
 
 CHUNK_LOGITS = 2**24
 """Logits in one chunk: 64 MiB in fp32."""
 MIN_CHUNK = 1024
 """Positions a chunk has at least: smaller ones read the head's weight, and sum its gradient, too often."""
-BLOCK = 4096
-"""Ids in one block of fp32 arithmetic."""
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
@@ -34,7 +33,7 @@ class Head(NamedTuple):
 
     def logits(self, hidden_cH: Tensor) -> Tensor:
         """Logits (c, V) in the head's dtype."""
-        return torch.nn.functional.linear(hidden_cH, self.weight, self.bias)
+        return products.logits(hidden_cH, self.weight, self.bias)
 
 
 class LogSoftmax:
@@ -68,13 +67,6 @@ class LogSoftmax:
 def fine(x: Tensor) -> torch.dtype:
     """The dtype of sums and softmax arithmetic: at least fp32."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def vocabulary_blocks(logits_cV: Tensor) -> Iterator[slice]:
-    """The ids of the last dimension, in blocks."""
-    width = logits_cV.shape[-1]
-    for start in range(0, width, BLOCK):
-        yield slice(start, min(start + BLOCK, width))
 
 
 def output_head(model: Any, vocab_size: int | None = None) -> Head:
@@ -121,4 +113,9 @@ def head_topk(
 
 def chunk_size(head: Head) -> int:
     """Positions in one chunk, by default."""
-    return max(MIN_CHUNK, CHUNK_LOGITS // head.weight.shape[0])
+    return chunk_size_of(head.weight.shape[0])
+
+
+def chunk_size_of(vocabulary: int) -> int:
+    """The same for a head of so many ids."""
+    return max(MIN_CHUNK, CHUNK_LOGITS // vocabulary)

@@ -39,7 +39,7 @@ from agentopd_envs.adapters import rows
 from agentopd_envs.function_verifier import register_score
 from agentopd_envs.splits import procedural
 from agentopd_envs.tools import Tool, ToolOptions, tools_of
-from agentopd_verifiers.changes import changes
+from agentopd_verifiers.changes import since
 
 TaskLoader = Callable[[Split, int | None, int], Iterable[Task]]
 """(split, limit, seed) → tasks."""
@@ -88,11 +88,18 @@ class BaseEnvironment:
 
     @classmethod
     def new_task(
-        cls, prompt: str, *, public: JSON | None = None, hidden: JSON | None = None, gold: Sequence[Message | str] = ()
+        cls,
+        prompt: str,
+        *,
+        public: JSON | None = None,
+        hidden: JSON | None = None,
+        gold: Sequence[Message | str] = (),
+        hint: str = "",
     ) -> Task:
         """A task with this environment's name, system message and limits.
 
         ``gold`` is a trajectory that solves it: assistant messages, or plain strings for turns without tool calls.
+        ``hint`` is for privileged teachers alone.
         """
         opening = (Message(role="system", content=cls.system),) if cls.system else ()
         return Task(
@@ -101,7 +108,7 @@ class BaseEnvironment:
             prompt=(*opening, Message(role="user", content=prompt)),
             public=public or {},
             hidden=hidden or {},
-            privileged=Privileged(trajectory=messages(gold)),
+            privileged=Privileged(hint=hint, trajectory=messages(gold)),
             limits=cls.limits,
             source=Source(dataset=cls.name),
         )
@@ -267,23 +274,16 @@ class ToolEnvironment(BaseEnvironment):
         self._events.append(Event(turn=self._turn, kind=kind, data=data))
 
     async def _answer(self, call: ToolCall) -> Message:
-        before = copy.deepcopy(self.state())
+        changed_since = since(self.state())
         try:
             result, ok = await self.call_tool(call), True
         except ToolError as error:
             result, ok = f"error: {error}", False
         tool = self._tools.get(call.name)
         mutates = tool is not None and tool.options.mutates
-        changed = changes(before, self.state())
-        self.record(
-            "tool_call",
-            name=call.name,
-            arguments=call.arguments,
-            ok=ok,
-            result=result,
-            mutates=mutates,
-            changes=changed,
-        )
+        changed = changed_since(self.state())
+        self.record("tool_call", name=call.name, arguments=call.arguments, ok=ok, result=result, mutates=mutates,
+                    changes=changed)  # fmt: skip
         return Message(role="tool", name=call.name, content=result)
 
     def _answer_malformed(self, call: MalformedCall) -> Message:

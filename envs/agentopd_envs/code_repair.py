@@ -55,6 +55,13 @@ class CodeRepairEnvironment(ToolEnvironment):
         """A wrong constant, an edit that does not apply, a fit to the one case shown (``micro``)."""
         return micro.wrong_turns(task) if task.source.dataset == micro.SOURCE.dataset else ()
 
+    @classmethod
+    def difficulty(cls, task: Task) -> float:
+        """Which part of the expression is wrong (``micro``), or how much of the program has to be read and changed."""
+        if task.source.dataset == micro.SOURCE.dataset:
+            return micro.difficulty(task)
+        return super().difficulty(task)
+
     def setup(self) -> None:
         """The buggy program is where the student starts."""
         self._program: str = self.task.public["program"]

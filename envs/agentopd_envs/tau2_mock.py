@@ -139,7 +139,10 @@ def _task(row: MockRow, db: JSON, policy: str, split: Split, seed: int) -> Task:
         prompt=(Message(role="system", content=policy), *history, Message(role="user", content=said)),
         public={"db": initial},
         hidden={"initial": initial, "goal": board.db, "required_calls": [_pattern(action) for action in required]},
-        privileged=Privileged(trajectory=(Message(role="assistant", tool_calls=tuple(solution)), DONE)),
+        privileged=Privileged(
+            hint="; ".join(f"{call.name} {call.arguments}" for call in solution),
+            trajectory=(Message(role="assistant", tool_calls=tuple(solution)), DONE),
+        ),
         limits=LIMITS,
         seed=seed,
         source=Source(dataset="tau2-bench mock", licence="MIT", row=row.id),

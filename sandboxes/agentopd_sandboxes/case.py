@@ -1,6 +1,6 @@
 """One case, from the inside: the locks that depend on its limits, and the untrusted program.
 
-Runs in a process forked from its cell's, which has put on all other locks. Imports only the standard library.
+Runs in a process that has put on all other locks. Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -8,22 +8,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
-import json
 import math
 import os
 import resource
-import socket
 import sys
 import types
 from typing import Any, NoReturn
 
 from agentopd_sandboxes import landlock, wire
+from agentopd_sandboxes.bounds import SIZE, Bounds
 
 READY = b"R"
-MESSAGE_BYTES = 16 * 1024
 REPORT_FD = 3
 LOW_FDS, MAX_FDS = 16, 64
-"""Descriptors are moved above the first to free the fixed ones; the cell never has as many as the second."""
+"""Descriptors are moved above the first to free the fixed ones; an agent never has as many as the second."""
 WORK = "/work"
 MAIN_FILE = "/work/solution.py"
 MODULE = "solution"
@@ -32,36 +30,47 @@ DETAIL_CHARS = 2000
 _OUT_OF = frozenset((errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EDQUOT, errno.EAGAIN))
 
 
-def wait(channel: socket.socket, ruleset: int | None, own_users: bool) -> NoReturn:
-    """Be a case once ``channel`` brings its limits and files (request, report, output); it is told how that went."""
+def wait(files: list[int], orders: int, status: int, ruleset: int | None) -> NoReturn:
+    """Be a case once the pipe ``orders`` brings its limits; ``status`` is told how its set-up went."""
     try:
         rehearse()
-        message, fds, _, _ = socket.recv_fds(channel, MESSAGE_BYTES, 3)
+        message = os.read(orders, SIZE)
         if message:
-            main(json.loads(message), [*fds, channel.detach()], ruleset, own_users)
+            main(Bounds.unpack(message), [*files, status], ruleset)
     finally:
         os._exit(1)
 
 
-def main(limits: dict[str, Any], fds: list[int], ruleset: int | None, own_users: bool) -> NoReturn:
+def main(bounds: Bounds, fds: list[int], ruleset: int | None) -> NoReturn:
     """Be a case. ``fds``: request, report, output, and one that is told ``READY`` or a fault. Never returns."""
     try:
         os.setsid()
-        request = _read_request(fds[0])
-        _write_files(request["files"], request["source"])
+        request = unpack(fds[0])
         if ruleset is not None:
             landlock.restrict(ruleset)
         status = _arrange_descriptors(fds)
-        _set_limits(limits, own_users)
+        set_limits(bounds)
         os.closerange(REPORT_FD + 1, status)
         os.closerange(status + 1, MAX_FDS)
-        gc.enable()
         os.write(status, READY)
         os.close(status)
     except BaseException as exc:
         os.write(fds[3], f"{type(exc).__name__}: {exc}".encode())
         os._exit(1)
+    begin(request)
+
+
+def unpack(fd: int) -> dict[str, Any]:
+    """The request in a file, with its program and support files written to the caller's new working directory."""
+    request: dict[str, Any] = wire.decode(os.pread(fd, os.fstat(fd).st_size, 0), wire.MAX_REQUEST_NODES)
+    _write_files(request["files"], request["source"])
+    return request
+
+
+def begin(request: dict[str, Any]) -> NoReturn:
+    """Run the untrusted program: every lock is on, and descriptor 3 is the report."""
     try:
+        gc.enable()
         worker = os.getpid()
         report = _run(request)
         if os.getpid() == worker:  # a child that the payload forked may come this way too; it has nothing to report
@@ -93,13 +102,6 @@ def settle(directory: str) -> None:
 # --- locking down ----------------------------------------------------------------------------------------------------
 
 
-def _read_request(fd: int) -> dict[str, Any]:
-    size = os.fstat(fd).st_size
-    raw = os.pread(fd, size, 0)
-    request: dict[str, Any] = wire.decode(raw, wire.MAX_REQUEST_NODES)
-    return request
-
-
 def _write_files(files: dict[str, str], source: str) -> None:
     os.chdir(WORK)
     for name, text in {**files, MAIN_FILE: source}.items():
@@ -121,12 +123,13 @@ def _arrange_descriptors(fds: list[int]) -> int:
     return status
 
 
-def _set_limits(limits: dict[str, Any], own_users: bool) -> None:
-    cpu_s = max(1, math.ceil(limits["cpu_s"]))
-    lower(resource.RLIMIT_AS, limits["memory_mb"] << 20)
-    lower(resource.RLIMIT_FSIZE, limits["file_mb"] << 20)
-    if own_users:
-        lower(resource.RLIMIT_NPROC, limits["processes"] + 1)  # the cell's own process counts too
+def set_limits(bounds: Bounds, users: int = 0) -> None:
+    """Put on the limits of one case; ``users``: how many processes of the caller's user there may be, if not 0."""
+    cpu_s = max(1, math.ceil(bounds.cpu_s))
+    lower(resource.RLIMIT_AS, bounds.memory_mb << 20)
+    lower(resource.RLIMIT_FSIZE, bounds.file_mb << 20)
+    if users:
+        lower(resource.RLIMIT_NPROC, users)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
 
 

@@ -10,16 +10,15 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 from agentopd.contracts import SandboxLimits
 from agentopd.errors import SandboxError
 from agentopd_sandboxes import ledger, seccomp, wire
-from agentopd_sandboxes.cell import PATIENCE
 from agentopd_sandboxes.image import AGENT_HOME
 from agentopd_sandboxes.pool import CellDied
-from agentopd_sandboxes.protocol import Outcome
+from agentopd_sandboxes.protocol import Outcome, pack_limits
+from agentopd_sandboxes.watch import PATIENCE
 
 START_S = 60.0
 GRACE_S = 30.0
@@ -28,7 +27,7 @@ SPARE_MB = 64
 SPARE_PIDS = 4
 NOBODY = "65534:65534"
 HELLO = b"agentopd"
-REQUEST, REPLY = struct.Struct(">II"), struct.Struct(">III")
+REQUEST, REPLY = struct.Struct(">I"), struct.Struct(">III")
 _STREAM = struct.Struct(">BxxxI")
 _STDOUT = 1
 _MAX_PART = 64 << 20
@@ -109,10 +108,9 @@ class Container:
     def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
         """Run one encoded request; ``CellDied`` if the container ended or went silent."""
         self.usable = False
-        about = json.dumps(asdict(limits)).encode()
         self._socket.settimeout(limits.wall_s * PATIENCE + GRACE_S)
         try:
-            self._socket.sendall(REQUEST.pack(len(about), len(request)) + about + request)
+            self._socket.sendall(REQUEST.pack(len(request)) + pack_limits(limits) + request)
         except OSError as exc:
             raise CellDied("a sandbox container does not listen") from exc
         try:

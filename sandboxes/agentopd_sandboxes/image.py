@@ -27,7 +27,7 @@ REPOSITORY = "agentopd-sandbox"
 REGISTRY_BASE = "python:3.12-slim"
 AGENT_HOME = "/opt/agentopd"
 AGENT_FILES = (
-    "agent", "case", "cell", "landlock", "linux", "namespaces", "scales", "seccomp", "wire", "zygote",
+    "agent", "bounds", "case", "confine", "landlock", "linux", "preload", "scales", "seccomp", "watch", "wire",
 )  # fmt: skip
 _LEFT_OUT = {
     "test",

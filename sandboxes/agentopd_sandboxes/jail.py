@@ -1,14 +1,15 @@
 """The namespace jail: no daemon, no other program, no root where the kernel allows user namespaces.
 
-Each worker is a zygote (an interpreter already inside its own namespaces) that makes one cell per program: fresh
-namespaces, prepared ahead of demand, in which each case is a process of its own. See ``zygote`` for what runs inside,
-``cell`` and ``case`` for the locks on a payload, ``namespaces`` for what it can see.
+Each worker is a zygote (an interpreter already inside its own namespaces) that makes one cell per case: a process in
+fresh namespaces, prepared ahead of demand. See ``zygote`` and ``warden`` for what runs inside, ``cell`` and ``case``
+for the locks on a payload, ``namespaces`` for what it can see.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,8 +22,10 @@ from agentopd_sandboxes.pool import probe as probe_worker
 from agentopd_sandboxes.protocol import checked, checked_workers
 from agentopd_sandboxes.slot import Cell, Zygote
 
-RECYCLE_AFTER = 1000
+RECYCLE_AFTER = 4000
 """Cells after which a zygote is replaced, so that whatever it may have gathered is bounded."""
+AHEAD = 2
+"""Cells of a worker that are made ahead of demand."""
 _DEFAULT_LIMITS = SandboxLimits()
 
 
@@ -43,7 +46,7 @@ class JailSandbox:
         self.workers = checked_workers(workers)
         self.limits = checked(limits)
         self._libraries = {name: _location(name) for name in libraries}
-        self._idle: list[_Worker] = []
+        self._idle: deque[_Worker] = deque()
         self._all: set[_Worker] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._free = asyncio.Semaphore(self.workers)
@@ -88,7 +91,7 @@ class JailSandbox:
     async def lease(self) -> AsyncIterator[_Worker]:
         """A healthy worker, put back afterwards unless it was discarded, failed, interrupted or is due for renewal."""
         async with self._free:
-            worker = self._idle.pop() if self._idle else await self._spawn()
+            worker = self._idle.popleft() if self._idle else await self._spawn()
             done = False
             try:
                 yield worker
@@ -141,43 +144,44 @@ class JailSandbox:
 
 
 class _Worker:
-    """A zygote, the cell in use, and the next one getting ready."""
+    """A zygote, the cell in use, and the next ones getting ready."""
 
     def __init__(self, zygote: Zygote, file_mb: int) -> None:
         self.zygote = zygote
         self.file_mb = file_mb
         self.used: Cell | None = None
-        self.next: Cell | None = None
+        self.ahead: deque[Cell] = deque()
 
     async def cell(self, limits: SandboxLimits) -> Cell:
-        """The cell of the current program; a fresh one if there is none that can go on."""
-        if self.used is None or not await self.used.ready():
-            self.leave()
-            if self.next is None or self.next.file_mb != limits.file_mb:
-                self.used = self.zygote.new_cell(limits.file_mb)
-            else:
-                self.used, self.next = self.next, None
-            if not await self.used.ready():
-                raise CellDied("a sandbox cell ended before it was ready")
+        """A fresh cell; one that was made ahead of demand, if it has the right size."""
+        self.leave()
+        self.prepare()
+        while self.ahead and limits.file_mb == self.file_mb:
+            self.used = self.ahead.popleft()
+            if await self.used.ready():
+                return self.used
+            self.leave()  # it died while nobody used it
+        self.used = self.zygote.new_cell(limits.file_mb)
+        if not await self.used.ready():
+            raise CellDied("a sandbox cell ended before it was ready")
         return self.used
 
     def leave(self) -> None:
-        """End the cell in use; the next program gets another."""
+        """End the cell in use."""
         if self.used is not None:
             self.used.close()
             self.used = None
 
     def prepare(self) -> None:
-        """Have a cell made ahead of demand."""
-        if self.next is None:
-            self.next = self.zygote.new_cell(self.file_mb)
+        """Have cells made ahead of demand."""
+        while len(self.ahead) < AHEAD:
+            self.ahead.append(self.zygote.new_cell(self.file_mb))
 
     def close(self) -> None:
         """Kill everything and wait until it is gone."""
-        for cell in (self.used, self.next):
-            if cell is not None:
-                cell.close()
-        self.used = self.next = None
+        self.leave()
+        while self.ahead:
+            self.ahead.pop().close()
         self.zygote.close()
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import struct
 
 CLONE_NEWNS = 0x00020000
@@ -40,11 +39,12 @@ _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
 
+_NR_CLOSE_RANGE = 436
 _NR_MOUNT_SETATTR = 442
 _NR_CLONE = {"x86_64": 56, "aarch64": 220}
 _NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
-MACHINE = platform.machine()
+MACHINE = os.uname().machine
 SUPPORTED_MACHINES = tuple(_NR_CLONE)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -81,6 +81,11 @@ def clone(flags: int) -> int:
     """Fork into new namespaces: 0 in the child, its pid in the parent. The caller must be single-threaded."""
     child_signal = 17
     return syscall("clone", _NR_CLONE[MACHINE], flags | child_signal, 0, 0, 0, 0)
+
+
+def close_from(lowest: int) -> None:
+    """Close every descriptor from this one on; needs kernel 5.9."""
+    syscall("close_range", _NR_CLOSE_RANGE, lowest, 0xFFFFFFFF, 0)
 
 
 def unshare(flags: int) -> None:

@@ -183,11 +183,5 @@ def mount_case_directory(file_mb: int) -> None:
     """Mount the one writable place of a cell; the caller is in the cell's own mount namespace."""
     options = f"size={DISK_FILES * file_mb}m,nr_inodes={INODES},mode=700"
     linux.mount("tmpfs", CASE_DIR, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC, options)
-    restore_case_directory()
-
-
-def restore_case_directory() -> None:
-    """Make what ``/work``, ``/tmp`` and ``/dev/shm`` point to, in a directory that a case may have changed."""
-    os.chmod(CASE_DIR, 0o700)
     for name in ("work", "tmp", "shm"):
         os.mkdir(f"{CASE_DIR}/{name}", 0o700)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, SandboxLimits
 from agentopd.errors import TaskError, UserError
 from agentopd_sandboxes import wire
+from agentopd_sandboxes.bounds import Bounds
+
+LARGEST = 1 << 40
+"""No limit is as large as this."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,16 @@ class Outcome:
 
 
 def checked(limits: SandboxLimits) -> SandboxLimits:
-    """The limits, if each is positive; ``UserError`` otherwise."""
-    for name in ("wall_s", "cpu_s", "memory_mb", "processes", "output_bytes", "file_mb"):
-        if getattr(limits, name) <= 0:
-            raise UserError(f"sandbox limit {name} is {getattr(limits, name)}; give a positive number")
+    """The limits, if each is positive and not absurd; ``UserError`` otherwise."""
+    for name, value in asdict(limits).items():
+        if not 0 < value < LARGEST:
+            raise UserError(f"sandbox limit {name} is {value}; give a positive number below {LARGEST}")
     return limits
+
+
+def pack_limits(limits: SandboxLimits) -> bytes:
+    """As they travel inside."""
+    return Bounds(**asdict(limits)).pack()
 
 
 def checked_workers(workers: int | None) -> int:

@@ -13,30 +13,57 @@ NANOSECONDS = 1e-9
 
 
 class Scales:
-    """Looks at the descendants of the calling process: those of the running case."""
+    """Looks at children of the calling process, and at what descends from them.
+
+    A child is named by its pid as the caller knows it, which may be another in ``proc``.
+    """
 
     def __init__(self, proc: int) -> None:
         self.proc = proc
         self.me = os.readlink("self", dir_fd=proc)
+        self._known: tuple[int, str | None] = (0, None)
 
-    def weigh(self) -> int:
-        """Private memory of all processes of the running case together, bytes."""
-        return PAGE * sum(self._private_pages(pid) for pid in self._cases())
+    def weigh(self, child: int) -> int:
+        """Private memory of a child and all its descendants together, bytes."""
+        return PAGE * sum(self._private_pages(pid) for pid in self._family(child))
 
-    def waited_s(self) -> float:
-        """The longest that one thread of the running case was ready to run and did not, seconds."""
-        return max((self._waited(pid) for pid in self._cases()), default=0.0)
+    def waited_s(self, child: int) -> float:
+        """The longest that one thread of them was ready to run and did not, seconds."""
+        return max((self._waited(pid) for pid in self._family(child)), default=0.0)
 
     def sees_children(self) -> bool:
         """Whether the kernel tells which processes belong to a case."""
         return self._children(self.me) is not None
 
-    def _cases(self) -> Iterator[str]:
-        todo = list(self._children(self.me) or ())
+    def _family(self, child: int) -> Iterator[str]:
+        known, name = self._known
+        if known != child or name is None:
+            name = self._name(child)
+            self._known = (child, name)
+        todo = [name] if name is not None else []
         while todo:
             pid = todo.pop()
             yield pid
             todo += self._children(pid) or ()
+
+    def _name(self, child: int) -> str | None:
+        """A child's pid in ``proc``: that of the one whose pid among the caller's is the given one."""
+        level = self._pids(self.me)
+        if not level:
+            return str(child)  # a kernel that does not tell, and so has one namespace
+        for pid in self._children(self.me) or ():
+            pids = self._pids(pid)
+            if len(pids) >= len(level) and pids[len(level) - 1] == str(child):
+                return pid
+        return None
+
+    def _pids(self, pid: str) -> list[str]:
+        """All pids of a process, from the namespace of ``proc`` inwards to its own."""
+        try:
+            _, _, after = self._read(f"{pid}/status").partition("\nNSpid:")
+        except OSError:
+            return []  # it ended while we looked
+        return after.partition("\n")[0].split()
 
     def _children(self, pid: str) -> list[str] | None:
         """Pids of all children of all threads of a process; None where the kernel hides them, or it ended."""

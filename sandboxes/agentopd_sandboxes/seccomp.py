@@ -8,6 +8,7 @@ upgrade never widens the sandbox. Numbers are from the kernel's unistd tables fo
 from __future__ import annotations
 
 import errno
+import signal
 import struct
 from collections.abc import Collection
 
@@ -137,6 +138,8 @@ _LOAD, _JUMP_EQ, _JUMP_GT, _JUMP_SET, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _NR_AT, _ARCH_AT, _ARG0_AT, _ARG1_AT = 0, 4, 16, 24
 _ALLOW = 0x7FFF0000
 _KILL = 0x80000000
+_LEAF = 4
+"""Call numbers that are compared one by one."""
 
 
 def _refuse(number: int) -> int:
@@ -156,8 +159,25 @@ def _for_call(number: int, body: bytes) -> bytes:
     return _op(_JUMP_EQ, number, if_false=len(body) // 8) + body
 
 
-def build_filter(machine: str, guarded: Collection[int] = ()) -> bytes:
-    """The BPF program for ``x86_64`` or ``aarch64``. With ``guarded`` pids, signals to those and to all are refused."""
+def _search(numbers: list[int]) -> bytes:
+    """Refuse the loaded call number if it is among these sorted ones, else allow it.
+
+    A search and not a list, because the kernel tries every call number on a filter that is put on.
+    """
+    if len(numbers) <= _LEAF:
+        hits = (_op(_JUMP_EQ, number, if_true=len(numbers) - at) for at, number in enumerate(numbers))
+        return b"".join(hits) + _op(_RETURN, _ALLOW) + _op(_RETURN, _refuse(errno.EPERM))
+    half = len(numbers) // 2
+    low, high = _search(numbers[:half]), _search(numbers[half:])
+    return _op(_JUMP_GT, numbers[half - 1], if_true=len(low) // 8) + low + high
+
+
+def build_filter(machine: str, guarded: Collection[int] = (), first: bool = False) -> bytes:
+    """The BPF program for ``x86_64`` or ``aarch64``.
+
+    With ``guarded`` pids, signals to those and to all are refused. ``first``: the caller will be the first process of
+    its pid namespace, on which SIGKILL from inside has no effect; one that kills itself shall die as any other does.
+    """
     column = _COLUMN[machine]
     out_of_reach = b"".join(
         _when(_ARG0_AT, _JUMP_EQ, pid & 0xFFFFFFFF, _refuse(errno.EPERM))
@@ -171,6 +191,14 @@ def build_filter(machine: str, guarded: Collection[int] = ()) -> bytes:
         _op(_LOAD, _ARG0_AT)
         + _op(_JUMP_EQ, _AF_UNIX, if_true=1)
         + _op(_RETURN, _refuse(errno.EACCES))
+        + _op(_LOAD, _NR_AT)
+    )
+    suicide = (
+        _op(_LOAD, _ARG1_AT)
+        + _op(_JUMP_EQ, signal.SIGKILL, if_false=3)
+        + _op(_LOAD, _ARG0_AT)
+        + _op(_JUMP_EQ, 1, if_false=1)
+        + _op(_RETURN, _KILL)
         + _op(_LOAD, _NR_AT)
     )
     injection = b"".join(_when(_ARG1_AT, _JUMP_EQ, code, _refuse(errno.EPERM)) for code in _TTY_INJECTION)
@@ -189,10 +217,10 @@ def build_filter(machine: str, guarded: Collection[int] = ()) -> bytes:
             _for_call(_SOCKET[column], not_unix),
             _for_call(_SOCKETPAIR[column], not_unix),
             _for_call(_IOCTL[column], injection),
+            _for_call(_SIGNALS["kill"][column], suicide) if first else b"",
             *(_for_call(numbers[column], out_of_reach) for numbers in _SIGNALS.values() if guarded),
             *(_for_call(numbers[column], itself) for numbers in _ON_OTHERS.values()),
-            *(_for_call(number, _op(_RETURN, _refuse(errno.EPERM))) for number in denied),
-            _op(_RETURN, _ALLOW),
+            _search(denied),
         )
     )
 

@@ -8,19 +8,18 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from agentopd.contracts import SandboxLimits
 from agentopd.errors import SandboxError, boundary
-from agentopd_sandboxes import linux, wire
-from agentopd_sandboxes.cell import PATIENCE
+from agentopd_sandboxes import cell, linux, wire
 from agentopd_sandboxes.pool import CellDied
-from agentopd_sandboxes.protocol import Outcome
+from agentopd_sandboxes.protocol import Outcome, pack_limits
 from agentopd_sandboxes.remedies import remedy
+from agentopd_sandboxes.watch import PATIENCE
 
 START_S = 60.0
 GRACE_S = 30.0
@@ -83,23 +82,25 @@ class Zygote:
         except (CellDied, TimeoutError):
             said = os.pread(self._errors, 2000, 0).decode(errors="replace").strip()
             raise SandboxError(f"a sandbox worker did not start: {said or 'no message'}") from None
-        if "fault" in hello:
-            raise SandboxError(remedy(hello["fault"], hello["errno"]))
-        self.capabilities = frozenset(hello["capabilities"])
+        self.capabilities = frozenset(_decoded(hello, remedy)["capabilities"])
 
     def new_cell(self, file_mb: int) -> Cell:
         """Ask for one more cell, for files of at most ``file_mb``; it gets ready while the caller goes on."""
         self.cells += 1
-        with boundary(SandboxError, "asking for a sandbox cell"):
+        with boundary(SandboxError, "asking for a sandbox cell"), ExitStack() as stack:
             ours, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            ours.setblocking(False)
+            stack.callback(ours.close)
             with inner:
+                ours.setblocking(False)
+                files = []
+                for name in ("request", "report", "output"):
+                    files.append(os.memfd_create(name))
+                    stack.callback(os.close, files[-1])
                 try:
-                    socket.send_fds(self._socket, [str(file_mb).encode()], [inner.fileno()])
+                    socket.send_fds(self._socket, [str(file_mb).encode()], [inner.fileno(), *files])
                 except OSError:
-                    ours.close()
                     raise CellDied("a sandbox worker does not answer") from None
-        return Cell(ours, file_mb)
+            return Cell(ours, files, file_mb, stack.pop_all())
 
     def hang_up(self) -> None:
         """Tell the keeper to kill everything; returns at once. Idempotent."""
@@ -119,14 +120,16 @@ class Zygote:
 
 
 class Cell:
-    """The judge's end of one cell: cases of one program, one at a time."""
+    """The judge's end of one cell, which runs one case."""
 
-    def __init__(self, control: socket.socket, file_mb: int) -> None:
+    def __init__(self, control: socket.socket, files: list[int], file_mb: int, resources: ExitStack) -> None:
         self.file_mb = file_mb
         self._socket = control
+        self._request, self._report, self._output = files
+        self._resources = resources
 
     async def ready(self) -> bool:
-        """Wait until it can serve the next case; False if it has ended. ``SandboxError`` if it cannot be set up."""
+        """Wait until it can serve a case; False if it has ended. ``SandboxError`` if it cannot be set up."""
         try:
             async with asyncio.timeout(START_S):
                 hello = await _receive(self._socket)
@@ -134,54 +137,65 @@ class Cell:
             return False
         except TimeoutError:
             raise CellDied(f"a sandbox cell was not ready after {START_S:g} s") from None
-        if "fault" in hello:
-            raise SandboxError(remedy(hello["fault"], hello["errno"]))
-        return True
+        if hello != cell.READY:
+            return _decoded(hello, remedy) is None
+        try:
+            self._socket.recv(1)
+        except BlockingIOError:
+            return True  # it lives: there is neither an end nor word of one
+        except OSError:
+            pass
+        return False
 
     async def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
-        """Run one encoded request in a fresh process.
+        """Run one encoded request.
 
-        Raises ``SandboxError`` if the sandbox could not be set up, ``CellDied`` if it went silent.
+        Raises ``SandboxError`` if the sandbox could not set it up, ``CellDied`` if it went silent.
         """
-        with boundary(SandboxError, "running a case"), ExitStack() as stack:
-            files = [os.memfd_create(name) for name in ("request", "report", "output")]
-            for file in files:
-                stack.callback(os.close, file)
-            write_all(files[0], request)
-            reply = await self._ask(limits, files)
+        with boundary(SandboxError, "running a case"):
+            write_all(self._request, request)
+            reply = await self._ask(limits)
             return Outcome(
                 status=reply.get("status"),
-                killed=reply.get("killed", ""),
-                cpu_s=reply.get("cpu_s", 0.0),
+                killed=reply["killed"],
+                cpu_s=reply["cpu_s"],
                 wall_ms=reply["wall_ms"],
-                report=os.pread(files[1], wire.MAX_FRAME_BYTES + 1, 0),
-                output=os.pread(files[2], limits.output_bytes + 1, 0),
+                report=os.pread(self._report, wire.MAX_FRAME_BYTES + 1, 0),
+                output=os.pread(self._output, limits.output_bytes + 1, 0),
             )
 
-    async def _ask(self, limits: SandboxLimits, files: list[int]) -> dict[str, Any]:
+    async def _ask(self, limits: SandboxLimits) -> dict[str, Any]:
         try:
-            socket.send_fds(self._socket, [json.dumps(asdict(limits)).encode()], files)
+            self._socket.send(pack_limits(limits))
             async with asyncio.timeout(limits.wall_s * PATIENCE + GRACE_S):
-                reply = await _receive(self._socket)
+                message = await _receive(self._socket)
         except OSError as exc:  # a TimeoutError is one
             raise CellDied("a sandbox cell does not answer") from exc
-        if "fault" in reply:
-            raise SandboxError(f"the sandbox could not set up a case: {reply['fault']}")
+        reply = _decoded(message, lambda fault, _: f"the sandbox could not set up a case: {fault}")
+        if "wall_ms" not in reply:
+            raise CellDied("a sandbox cell ended before its case began")
         return reply
 
     def close(self) -> None:
         """Let the cell and every process in it end; returns at once. Idempotent."""
-        self._socket.close()
+        self._resources.close()
 
 
-async def _receive(control: socket.socket) -> dict[str, Any]:
+async def _receive(control: socket.socket) -> bytes:
     try:
         message = await asyncio.get_running_loop().sock_recv(control, REPLY_BYTES)
     except ConnectionError:
         message = b""
     if not message:
         raise CellDied("a sandbox worker ended")
+    return message
+
+
+def _decoded(message: bytes, say: Callable[[str, int | None], str]) -> dict[str, Any]:
+    """What a worker says; a fault is a ``SandboxError`` in the words of ``say``."""
     decoded: dict[str, Any] = json.loads(message)
+    if "fault" in decoded:
+        raise SandboxError(say(decoded["fault"], decoded["errno"]))
     return decoded
 
 

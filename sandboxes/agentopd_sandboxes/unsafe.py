@@ -7,26 +7,32 @@ provenance of every verdict that used it.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from typing import ClassVar
 
 from agentopd.contracts import Case, CaseResult, Program, SandboxLimits
 from agentopd.errors import SandboxError, boundary
 from agentopd_sandboxes import case as inner
 from agentopd_sandboxes import wire
-from agentopd_sandboxes.protocol import Outcome, checked, checked_workers, encode_request, new_request_id, to_result
+from agentopd_sandboxes.protocol import (
+    Outcome,
+    checked,
+    checked_workers,
+    encode_request,
+    new_request_id,
+    pack_limits,
+    to_result,
+)
 from agentopd_sandboxes.slot import BOOT, PACKAGE, interpreter, write_all
 
 _MAIN = BOOT + (
-    "from agentopd_sandboxes import case; import json; case.settle(sys.argv[2]); "
-    "case.main(json.loads(sys.argv[3]), [int(fd) for fd in sys.argv[4:]], None, False)"
+    "from agentopd_sandboxes import bounds, case; case.settle(sys.argv[2]); "
+    "case.main(bounds.Bounds.unpack(bytes.fromhex(sys.argv[3])), [int(fd) for fd in sys.argv[4:]], None)"
 )
 
 
@@ -76,7 +82,7 @@ async def _run(request: bytes, limits: SandboxLimits) -> Outcome:
         for file in files:
             stack.callback(os.close, file)
         write_all(files[0], request)
-        arguments = [str(PACKAGE), folder, json.dumps(asdict(limits)), *map(str, files)]
+        arguments = [str(PACKAGE), folder, pack_limits(limits).hex(), *map(str, files)]
         process = await asyncio.create_subprocess_exec(
             interpreter(), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _MAIN, *arguments,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,

@@ -13,7 +13,7 @@ from agentopd_envs import ToolEnvironment, register_environment, tool, tool_turn
 from agentopd_envs.bfcl_multi_turn import BfclMultiTurnVerifier
 from agentopd_sandboxes.unsafe import UnsafeSandbox
 from agentopd_verifiers.calls import CallsVerifier
-from agentopd_verifiers.code import CodeVerifier
+from agentopd_verifiers.code import AnySizeCodeVerifier, CodeVerifier
 from agentopd_verifiers.command import CommandVerifier
 from agentopd_verifiers.judge import Finding
 from agentopd_verifiers.math import MathVerifier
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 PASS, FAIL = Finding(1.0, VerdictStatus.OK), Finding(0.0, VerdictStatus.WRONG)
 WORLDS = {MathVerifier: ("math", "micro"), CodeVerifier: ("code_repair", "micro"),
+          AnySizeCodeVerifier: ("code_repair", "micro"),
           StateVerifier: ("tool_use", "micro"), CallsVerifier: ("tool_use", "bfcl"),
           SuiteVerifier: ("repo_repair", "micro")}  # fmt: skip
 
@@ -122,7 +123,8 @@ async def any_exit_code(judge, task, episode):
 
 
 GENERAL = (always_pass, always_fail, inverted, anything_goes, faults_pass, faults_fail, half_credit, never_sure)
-OWN = {MathVerifier: off_by_one, CodeVerifier: shown_cases_only, StateVerifier: no_frame_condition,
+OWN = {MathVerifier: off_by_one, CodeVerifier: shown_cases_only, AnySizeCodeVerifier: shown_cases_only,
+       StateVerifier: no_frame_condition,
        CallsVerifier: names_only, SuiteVerifier: shown_tests_only, BfclMultiTurnVerifier: names_only_by_request,
        CommandVerifier: any_exit_code}  # fmt: skip
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from agentopd.compare import comparison_table, gather, make_plan, work, write_results
+from agentopd.compare import comparison_table, everything, gather, make_plan, work, write_record, write_results
 from agentopd.compare.export import latex, markdown
 from agentopd.compare.queue import finished
 from agentopd.config import dump_toml
@@ -189,6 +190,55 @@ def test_finished_runs_are_not_trained_again(done):
     assert work(done, make_console(plain=True, file=io.StringIO())) == []
     assert before == {run.name: run.path.stat().st_mtime_ns for run in done.runs}
     assert not (done.out / "logs").exists()
+
+
+RECORD = {'name = "demo"': 'name = "demo"\nrecord = "kept/demo.json"'}
+
+
+@pytest.fixture
+def sitting(tmp_path):
+    """A first sitting's runs, recorded, and their directories gone."""
+    plan = make_plan(comparison(tmp_path, **RECORD), ["opd"], 2)
+    for run in plan.runs:
+        pretend(run, *FINAL[run.arm, run.seed])
+    results = gather(plan)
+    write_record(plan, everything(plan))
+    shutil.rmtree(plan.out)
+    return results
+
+
+def test_a_comparison_goes_on_from_its_record(tmp_path, sitting):
+    plan = make_plan(comparison(tmp_path, **RECORD))
+    assert gather(plan).arms == sitting.arms and gather(plan).finished == 2
+    for run in plan.runs[1:]:
+        if run.name != "opd-seed-1":
+            pretend(run, *FINAL[run.arm, run.seed])
+    assert work(plan, make_console(plain=True, file=io.StringIO())) == [] and not (plan.out / "logs").exists()
+    results = gather(plan)
+    assert results.finished == 6 and [item.seed for item in results.arms["opd"].seeds] == [0, 1, 2]
+    assert [test.difference.n for test in results.tests] == [3, 3]
+
+
+def test_a_sitting_with_some_arms_keeps_what_the_record_has_of_others(tmp_path, sitting):
+    plan = make_plan(comparison(tmp_path, **RECORD), ["calibrated"], 1)
+    pretend(plan.runs[0], 36, 30)
+    assert set(gather(plan).arms) == {"base", "calibrated"} and gather(plan).planned == 1
+    write_record(plan, everything(plan))
+    kept = gather(make_plan(comparison(tmp_path, **RECORD)))
+    assert kept.arms["opd"] == sitting.arms["opd"] and kept.finished == 3
+
+
+def test_runs_of_another_config_are_not_taken_from_the_record(tmp_path, sitting):
+    assert gather(make_plan(comparison(tmp_path, **RECORD, **{"w_conflict=0.5": "w_conflict=0.6"}))).finished == 2
+    assert gather(make_plan(comparison(tmp_path, **RECORD, **{'"train.steps" = 2': '"train.steps" = 3'}))).finished == 0
+
+
+def test_a_record_that_is_none_is_an_error(tmp_path):
+    path = comparison(tmp_path, **RECORD)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/demo.json").write_text('{"arms": 1}')
+    with pytest.raises(ConfigError, match="holds no results of a comparison"):
+        gather(make_plan(path))
 
 
 @pytest.mark.slow

@@ -100,3 +100,15 @@ def test_cases_are_shown_as_source_and_in_a_fixed_order():
     assert expectation(case) == "import node\nf('x', (1, 2)) gives {'a', 'b', 'c'}"
     assert to_case(case).args == ("x", (1, 2))
     assert report(case, CaseResult("c", CaseStatus.TIMEOUT)).endswith("ends in timeout, expected {'a', 'b', 'c'}")
+
+
+def test_a_wrong_constant_is_easier_than_a_wrong_variable():
+    places = {1.0: {4}, 2.0: {1, 3}, 3.0: {0, 2}}
+    found = set()
+    for made in CodeRepairEnvironment.load_tasks("train", "micro", 40, 0):
+        edit = made.privileged.trajectory[0].tool_calls[0].arguments
+        pairs = zip(edit["old"].split(), edit["new"].split(), strict=True)
+        level = CodeRepairEnvironment.difficulty(made)
+        found.add(level)
+        assert {index for index, (old, new) in enumerate(pairs) if old != new} <= places[level]
+    assert found == {1.0, 2.0, 3.0}

@@ -9,9 +9,13 @@ from agentopd.contracts import Program, SandboxLimits
 from agentopd.errors import ConfigError, SandboxError, TaskError
 from agentopd.types import Message
 from agentopd_envs.cases import report, to_case
+from agentopd_envs.code_generation import CodeGenerationEnvironment
 from agentopd_envs.code_repair import CodeRepairEnvironment
 from agentopd_envs.datasets.bfcl import gold_call, json_schema
+from agentopd_envs.datasets.completion import first_statement
+from agentopd_envs.datasets.programs import first_change
 from agentopd_envs.math import MathEnvironment
+from agentopd_envs.tau2_mock import Tau2MockEnvironment
 from agentopd_envs.tool_use import ToolUseEnvironment
 from agentopd_sandboxes.jail import JailSandbox
 
@@ -81,6 +85,16 @@ def test_bfcl_gold_takes_the_first_accepted_values():
     assert (call.name, call.arguments) == ("a.b", {"n": 1, "d": {"x": 3}, "rows": [{"k": "v"}, 5]})
 
 
+def test_hints_point_without_telling():
+    assert first_change("a = 1\nb = 2\n", "a = 1\nb = 3\n") == "The line `b = 2` is wrong."
+    assert first_change("a = 1\nc = 3\n", "a = 1\nb = 2\nc = 3\n") == "Something is missing before `c = 3`."
+    assert first_change("a = 1\n", "a = 1\nb = 2\n") == "Its end is missing."
+    assert first_change("a = 1\n", "a = 1\n") == ""
+    program = 'def f(x):\n    """Twice."""\n    y = (x +\n      x)\n    return y\n'
+    assert first_statement(program, "f") == "Its body can begin with `y = (x +`."
+    assert first_statement(program, "g") == first_statement("def f(:", "f") == ""
+
+
 # --- with the data ---------------------------------------------------------------------------------------------------
 
 
@@ -95,6 +109,21 @@ def test_every_row_loads_in_an_order_set_by_the_seed(env_class, source, data_dir
     again = list(env_class.load_tasks("train", source, None, 1))
     assert {task.id for task in again} == {task.id for task in tasks} and again[0].id != tasks[0].id
     assert json.dumps([task.model_dump(mode="json") for task in tasks])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("env_class", "source"),
+    [
+        *ROWS,
+        (CodeGenerationEnvironment, "humaneval"),
+        (CodeGenerationEnvironment, "mbpp"),
+        (Tau2MockEnvironment, "tau2"),
+    ],
+)
+def test_every_row_has_a_hint_for_teachers_that_is_no_news_in_the_prompt(env_class, source, data_dir):
+    for task in env_class.load_tasks("train", source, None, 0):
+        assert task.privileged.hint and task.privileged.hint not in task.student_view().model_dump_json()
 
 
 @pytest.mark.data

@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentopd.errors import TaskError
@@ -121,6 +121,7 @@ plain = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(plain)
 def test_literals_evaluate_to_themselves(value):
     assert evaluate(ast.parse(repr(value), mode="eval").body, {}) == value

@@ -47,7 +47,7 @@ def test_gold_solves_and_wrong_turns_do_not(env_class, module, outcome, trusting
 def test_splits_never_overlap_across_seeds(env_class, module):
     seen = {split: set() for split in SPLITS}
     for split, seed in itertools.product(SPLITS, (0, 1, 2)):
-        seen[split].update(core(task) for task in env_class.load_tasks(split, "micro", 700, seed))
+        seen[split].update(core(task) for task in env_class.load_tasks(split, "micro", 300, seed))
     assert all(len(cores) > 60 for cores in seen.values())
     for one, other in itertools.combinations(SPLITS, 2):
         assert not seen[one] & seen[other]

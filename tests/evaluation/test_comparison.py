@@ -104,6 +104,7 @@ def test_corrections_only_raise_and_keep_order(p_values):
     assert all(h >= b - 1e-12 for h, b in zip(holm(p_values), benjamini_hochberg(p_values), strict=True))
 
 
+@pytest.mark.slow
 def test_paired_bootstrap_covers_95_percent():
     """A model that wins one task in six and loses one in twenty: the true change is 0.1167."""
     rng = np.random.default_rng(5)

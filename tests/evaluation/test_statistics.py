@@ -68,6 +68,7 @@ def test_wilson_covers_95_percent(p):
     assert 0.93 <= covered <= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [12, 50])
 def test_bootstrap_covers_95_percent(tasks):
     rng = np.random.default_rng(1)

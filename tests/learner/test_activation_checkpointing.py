@@ -42,6 +42,7 @@ def passes(checkpointed: bool, lora: bool, dtype: torch.dtype) -> tuple[int, lis
     return kept, [p.grad for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_equal_and_memory_is_less(lora, dtype):

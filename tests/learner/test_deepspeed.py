@@ -55,7 +55,7 @@ def plain_steps(model, batches, objective, lr=1e-2):
     return model
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_equal_plain_torch(learner, make_batch, tiny_model, objective, dtype, stage):
     batches = [make_batch(seed=seed) for seed in range(3)]

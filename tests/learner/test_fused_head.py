@@ -12,7 +12,7 @@ from agentopd.config.load import resolve_objective
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.errors import ConfigError
-from agentopd.learner import head as head_module
+from agentopd.learner import products
 from agentopd.learner.fused_head import FusedHead, HeadStreams
 from agentopd.learner.head import Head
 from agentopd.objective.compose import compute_loss
@@ -102,7 +102,7 @@ def plain_streams(hidden, head, batch, objective, teachers) -> HeadStreams:
 @pytest.mark.parametrize(("chunk", "block"), [(2, 7), (6, 4096), (1000, 7)])
 @pytest.mark.parametrize("name", [*PRESETS, "whole forward", "whole with entropy"])
 def test_every_preset_has_the_loss_and_gradients_of_plain_autograd(name, chunk, block, monkeypatch):
-    monkeypatch.setattr(head_module, "BLOCK", block)
+    monkeypatch.setattr(products, "BLOCK", block)
     special = {"whole forward": whole("full_fkl"), "whole with entropy": whole("jsd", entropy_top_ratio=0.5)}
     objective = special[name] if name in special else resolve_objective(name)
     batch, (hidden, head, teachers) = rows(), parameters(bias=chunk == 6)
@@ -130,7 +130,7 @@ def test_every_preset_has_the_loss_and_gradients_of_plain_autograd(name, chunk, 
 @pytest.mark.parametrize("kind", ["topk_rkl", "full_rkl", "full_fkl", "jsd"])
 def test_gradients_in_fp64(kind, monkeypatch):
     """Against finite differences."""
-    monkeypatch.setattr(head_module, "BLOCK", 7)
+    monkeypatch.setattr(products, "BLOCK", 7)
     objective = whole(kind) if kind != "topk_rkl" else resolve_objective("topk_opd")
     batch, (hidden, head, teachers) = rows(), parameters(bias=True, dtype=torch.float64)
 
@@ -160,7 +160,7 @@ def test_cutting_changes_nothing(chunk, seed, block, k):
         return (torch.cat([found.logprobs_N[:, None], found.topk_logprobs_NK], 1) * weights[start:stop]).sum()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_module, "BLOCK", block)
+        patch.setattr(products, "BLOCK", block)
         found = FusedHead(head, batch, objective, teachers, chunk).loss(hidden, loss_of)
     expected = loss_of(0, batch.num_tokens, plain_streams(hidden, head, batch, objective, teachers))
     for ours, plain in zip(*(torch.autograd.grad(x, [hidden, head.weight]) for x in (found, expected)), strict=True):
@@ -205,5 +205,43 @@ def test_a_teacher_that_is_not_here_is_named():
         FusedHead(head, batch, whole("full_rkl"), teachers).streams(hidden)
 
 
+@pytest.mark.parametrize("name", ["gkd", "gold_opd"])
+@pytest.mark.parametrize("named", [("x", ""), ()])
+def test_rows_that_no_teacher_supervises_need_none(name, named):
+    """Those beside the student's own, and the filler of a rank without episodes."""
+    objective, (hidden, head, teachers) = resolve_objective(name), parameters()
+    batch = rows(teachers=named or ("x",))
+    taught = (batch.row_N % 2 == 0) & bool(named)
+    batch = replace(batch, teachers=named, teacher_scale_N=torch.where(taught, batch.teacher_scale_N, 0.0))
+    fused = FusedHead(head, batch, objective, {"x": teachers["x"]}, 2)
+    assert torch.equal(fused.streams(hidden).divergence_N > 0, taught)
+    loss = fused.loss(hidden, lambda start, stop, found: found.divergence_N.sum())
+    (slope,) = torch.autograd.grad(loss, hidden)
+    assert torch.equal(slope.abs().sum(-1) > 0, taught)
+
+
 def test_which_presets_ask_for_whole_distributions():
     assert [name for name in PRESETS if resolve_objective(name).needs_full_vocabulary] == ["gkd", "gold_opd"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_fp32_differ_by_rounding_alone(monkeypatch, bias):
+    """On a CPU that emulates bfloat16 as on one that has it."""
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randn(5, 64, generator=g).bfloat16()
+    weight, slope = torch.randn(11, 64, generator=g).bfloat16(), torch.randn(5, 11, generator=g).bfloat16()
+    offset = torch.randn(11, generator=g).bfloat16() if bias else None
+    found = {}
+    monkeypatch.setattr(products, "BLOCK", 4)
+    for emulates in (False, True):
+        monkeypatch.setattr(products, "_emulates_bfloat16", lambda emulates=emulates: emulates)
+        assert products.emulated(weight) == emulates
+        into, total = torch.empty_like(hidden), torch.ones(11, 64)
+        products.into_hidden(slope, weight, into)
+        products.add_to_weight(total, slope, hidden)
+        found[emulates] = products.logits(hidden, weight, offset), into, total
+    for plain, fine in zip(found[False], found[True], strict=True):
+        assert plain.dtype == fine.dtype
+        assert_close(plain.float(), fine.float(), atol=2e-2, rtol=2**-7)
+    exact = 1 + slope.double().t() @ hidden.double()
+    assert (found[True][2] - exact).abs().max() <= (found[False][2] - exact).abs().max()

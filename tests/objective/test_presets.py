@@ -122,6 +122,45 @@ def test_a_teacher_equal_to_the_student_leaves_nothing_to_do(sample, name):
     assert grad_of(data.loss(resolve_objective(name)).loss, data).abs().max() < 1e-6
 
 
+# --- which way it goes -----------------------------------------------------------------------------------------------
+
+SILENT = {"anchor_scale_N": torch.zeros(12), "advantage_N": torch.zeros(12), "sigma_N": torch.zeros(12)}
+TAUGHT = {name: blocks for name, blocks in STAGES.items() if blocks.needs_teacher}
+JUDGED = {name: b for name, b in STAGES.items() if b.verifier.kind != "none" and b.verifier.coef > 0}
+ANCHORED = {name: b for name, b in STAGES.items() if b.anchor.kind != "none"}
+
+
+def pushed(sample, blocks, liking=0.0, **fields):
+    """The gradient on the sampled tokens' logits, where the teacher likes them ``liking`` nats more than the student
+    does and agrees with it on all else.
+    """
+    g = torch.Generator().manual_seed(19)
+    logits, target = torch.randn(12, 9, generator=g), torch.randint(9, (12,), generator=g)
+    teacher = logits + liking * torch.nn.functional.one_hot(target, 9)
+    own = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+    given = {"target_N": target, "rollout_logprobs_N": own, "ref_logprobs_N": own, **SILENT, **fields}
+    data = sample(student_logits_NV=logits, teacher_logits_NV=teacher, k=9, **given)
+    return data.grad(blocks).gather(1, target[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("blocks", TAUGHT.values(), ids=TAUGHT)
+def test_a_token_the_teacher_likes_more_is_raised_and_one_it_likes_less_is_lowered(sample, blocks):
+    assert (pushed(sample, blocks, 1.0) < 0).all()
+    assert (pushed(sample, blocks, -1.0) > 0).all()
+
+
+@pytest.mark.parametrize("blocks", JUDGED.values(), ids=JUDGED)
+def test_tokens_of_a_better_episode_are_raised_and_of_a_worse_one_lowered(sample, blocks):
+    assert (pushed(sample, blocks, advantage_N=torch.ones(12)) < 0).all()
+    assert (pushed(sample, blocks, advantage_N=-torch.ones(12)) > 0).all()
+
+
+@pytest.mark.parametrize("blocks", ANCHORED.values(), ids=ANCHORED)
+def test_tokens_of_an_anchor_are_raised(sample, blocks):
+    liking = 1.0 if blocks.anchor.kind == "teacher_fkl" else 0.0
+    assert (pushed(sample, blocks, liking, anchor_scale_N=torch.full((12,), 1 / 12)) < 0).all()
+
+
 # --- reductions ------------------------------------------------------------------------------------------------------
 
 TIS_OFF = {"stabiliser": {"tis_cap": None}}

@@ -104,6 +104,18 @@ def test_k2_has_the_gradient_of_reverse_kl():
     assert_close(expected, RKL_GRAD, atol=1e-6, rtol=0)
 
 
+def test_k1_has_no_gradient_in_expectation_and_k3_has_the_forward_kls():
+    """Why neither is offered as a loss that is differentiated directly."""
+    estimators = ((lambda p, q: p - q, torch.zeros(1, 3)), (lambda p, q: (q - p).exp() - 1 - (q - p), FKL_GRAD))
+    for estimator, expected in estimators:
+        found = torch.zeros(1, 3)
+        for token in range(3):
+            logits = S.log().requires_grad_()
+            estimator(logits.log_softmax(-1)[:, token], T.log()[:, token]).sum().backward()
+            found += S[0, token] * logits.grad
+        assert_close(found, expected, atol=1e-6, rtol=0)
+
+
 def test_padding_rows_of_either_vocabulary_do_not_change_the_divergence():
     student = torch.cat([S.log(), torch.full((1, 4), 50.0)], 1)
     plain = full_divergence(S.log(), T.log(), TopKReverseKL())

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from agentopd_sandboxes.seccomp import CEILING, build_filter
+from agentopd_sandboxes.seccomp import _DENIED, CEILING, build_filter
 
 ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 ALLOW, KILL = 0x7FFF0000, 0x80000000
@@ -91,3 +91,21 @@ def test_guarded_processes_cannot_be_signalled(machine: str) -> None:
     for numbers in ((302, 261), (203, 122)):
         assert evaluate(program, numbers[column], arch, 7) == refused(errno.EPERM)
         assert evaluate(program, numbers[column], arch, 0) == ALLOW
+
+
+@pytest.mark.parametrize("machine", ARCH)
+def test_every_denied_call_is_refused_and_no_other(machine: str) -> None:
+    program, arch = build_filter(machine), ARCH[machine]
+    denied = {numbers[machine == "aarch64"] for numbers in _DENIED.values()}
+    special = {CALLS[name][machine == "aarch64"] for name in ("clone", "clone3", "socket", "socketpair", "ioctl")}
+    for number in set(range(CEILING + 1)) - special:
+        # on itself, as the calls that reach other processes are allowed
+        assert (evaluate(program, number, arch) == refused(errno.EPERM)) == (number in denied), number
+
+
+@pytest.mark.parametrize("machine", ARCH)
+def test_the_first_process_of_a_namespace_can_kill_itself(machine: str) -> None:
+    program, arch, kill = build_filter(machine, first=True), ARCH[machine], (62, 129)[machine == "aarch64"]
+    assert evaluate(program, kill, arch, 1, 9) == KILL
+    assert {evaluate(program, kill, arch, *to) for to in ((2, 9), (1, 15), (0, 9), (0xFFFFFFFF, 9))} == {ALLOW}
+    assert evaluate(build_filter(machine), kill, arch, 1, 9) == ALLOW

@@ -19,7 +19,7 @@ from agentopd.tracking import QuarantinedEpisode, RunDirectory, read_jsonl
 from agentopd.train import train
 from benchmarks import faults
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]  # one run is what the others are held to
 
 
 @pytest.fixture(scope="module")

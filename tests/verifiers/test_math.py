@@ -227,6 +227,7 @@ def test_provenance_says_how(verifier, make_task, make_episode, judge):
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_killed_from_outside_is_an_infrastructure_fault_and_is_replaced():
     pool = SymbolicPool(size=1)
     assert pool.check("x", "x+0").status is SymbolicStatus.EQUAL
@@ -245,6 +246,7 @@ def test_a_starved_worker_is_an_infrastructure_fault_and_leaves_no_process():
     assert not pool._live
 
 
+@pytest.mark.slow
 def test_a_forgotten_verifier_leaves_no_process():
     verifier = MathVerifier(workers=1)
     verifier.equivalent("x^2", "x*x")

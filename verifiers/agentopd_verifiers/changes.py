@@ -7,7 +7,8 @@ key by key; a list or a scalar changes as a whole.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import marshal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agentopd_verifiers.compare import matches
@@ -20,31 +21,68 @@ def changes(before: Any, after: Any) -> list[Change]:
     return list(_changes((), before, after))
 
 
+def since(before: Any) -> Callable[[Any], list[Change]]:
+    """Copy a state now; what is returned gives the log from there to the state it is called with."""
+    packed = _packed(before)
+    if packed is None:
+        kept = copy.deepcopy(before)
+        return lambda after: changes(kept, after)
+    return lambda after: [] if packed == _packed(after) else changes(marshal.loads(packed), after)
+
+
+def identical(*values: Any) -> bool:
+    """Whether all are the same plain value, of the same types and in the same order; False may also mean unknown."""
+    first = _packed(values[0])
+    return first is not None and all(first == _packed(value) for value in values[1:])
+
+
 def replay(state: Any, log: Sequence[Mapping[str, Any]]) -> Any:
-    """The state after a log; ``state`` itself stays as it is.
+    """The state after a log; ``state`` itself stays as it is, and what the log does not touch is shared with it.
 
     Raises:
         KeyError: if an entry names a place that the state does not have.
         TypeError: likewise.
 
     """
-    root = {"": copy.deepcopy(state)}
     for entry in log:
-        path: list[str] = ["", *entry["path"]]
-        place: Any = root
-        for key in path[:-1]:
-            place = place[key]
-        if entry.get("removed"):
-            del place[path[-1]]
-        else:
-            place[path[-1]] = copy.deepcopy(entry["value"])
-    return root[""]
+        state = _replayed(state, entry["path"], entry)
+    return state
+
+
+def _replayed(place: Any, path: Sequence[str], entry: Mapping[str, Any]) -> Any:
+    if not path:
+        return copy.deepcopy(entry["value"])
+    if not isinstance(place, dict):
+        raise TypeError(f"{path[0]!r} is looked up in a {type(place).__name__}")
+    key, *rest = path
+    changed = dict(place)
+    if not rest and entry.get("removed"):
+        del changed[key]
+    elif not rest:
+        changed[key] = copy.deepcopy(entry["value"])
+    else:
+        changed[key] = _replayed(place[key], rest, entry)
+    return changed
+
+
+def _packed(value: Any) -> bytes | None:
+    """A plain value in bytes, each type apart from every other; None for what is not plain.
+
+    In the format of version 2, which writes a value alike whoever else refers to its parts. Most calls change little of
+    a large state: comparing bytes, and copying by them, takes a tenth of the time that Python code does.
+    """
+    try:
+        return marshal.dumps(value, 2)
+    except ValueError:
+        return None
 
 
 def _changes(path: tuple[str, ...], before: Any, after: Any) -> Iterator[Change]:
     if not isinstance(before, dict) or not isinstance(after, dict):
         if not matches(before, after, "strict"):
             yield {"path": list(path), "value": copy.deepcopy(after)}
+        return
+    if identical(before, after):
         return
     for key in before:
         if key not in after:

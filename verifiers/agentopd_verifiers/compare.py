@@ -22,6 +22,8 @@ from agentopd.errors import TaskError
 DEFAULT_TOLERANCE = 1e-6
 _PLAIN = (type(None), bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
 _ORDERED = (list, tuple, str, dict)
+_ATOMS = (str, int, bool, bytes, type(None))
+"""Types whose ``==`` among themselves is what every comparator means."""
 
 
 def matches(expected: Any, value: Any, compare: str = "eq", tolerance: float | None = None) -> bool:
@@ -67,10 +69,14 @@ def canonical(value: Any, typed: bool = False, sequences: bool = False) -> Hasha
 
 
 def _eq(expected: Any, value: Any, _: float) -> bool:
+    if type(expected) is type(value) and type(value) in _ATOMS:
+        return bool(expected == value)
     return canonical(expected) == canonical(value)
 
 
 def _strict(expected: Any, value: Any, _: float) -> bool:
+    if type(expected) is type(value) and type(value) in _ATOMS:
+        return bool(expected == value)
     return canonical(expected, typed=True) == canonical(value, typed=True)
 
 

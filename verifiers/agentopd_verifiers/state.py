@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from agentopd.contracts import Sandbox
 from agentopd.errors import InfraError, TaskError
 from agentopd.types import Episode, Event, Flag, Task, VerdictStatus
-from agentopd_verifiers.changes import replay
+from agentopd_verifiers.changes import identical, replay
 from agentopd_verifiers.compare import matches
 from agentopd_verifiers.judge import Finding, JudgingVerifier, hidden_field
 from agentopd_verifiers.steps import Call, Sign, Step, certify, malformed_steps, recorded_calls
@@ -132,8 +132,10 @@ def _equal(a: Any, b: Any, equal: Callable[[Any, Any], bool]) -> bool:
 
 
 def _fields(path: Path, values: tuple[Any, ...], stops: Sequence[str]) -> Iterator[tuple[Path, tuple[Any, ...]]]:
-    """Every field present in any of the values; objects are entered, lists and scalars are fields."""
+    """Every field in which the values are not all identical; objects are entered, lists and scalars are fields."""
     stop = any(fnmatchcase(".".join(path), pattern) for pattern in stops)
+    if identical(*values):  # Neither a goal nor broken, whatever the comparator.
+        return
     objects = [value for value in values if isinstance(value, dict)]
     if stop or not objects or any(not isinstance(value, dict) and value is not _ABSENT for value in values):
         yield path, values
@@ -236,7 +238,8 @@ def _wrong_fields(episode: Episode, calls: Sequence[Call], goal: _Goal, found: S
         except (KeyError, TypeError):
             return []
         wrong.append(frozenset((*found.unmet, *found.broken)) if index == last else goal.wrong(state["db"]))
-    return wrong if matches(episode.final_state["db"], state["db"], "strict") else []
+    final, logged = episode.final_state["db"], state["db"]
+    return wrong if identical(final, logged) or matches(final, logged, "strict") else []
 
 
 def _database_log(call: Call) -> list[Any] | None:

@@ -88,7 +88,9 @@ def _task(row: BfclRow, split: Split, seed: int) -> Task:
         prompt=row.messages,
         public={"functions": [function.model_dump() for function in functions]},
         hidden={"ground_truth": row.ground_truth},
-        privileged=Privileged(trajectory=(gold,)),
+        privileged=Privileged(
+            hint=f"Call {', then '.join(call.name for call in calls)}." if calls else REFUSAL, trajectory=(gold,)
+        ),
         limits=LIMITS,
         seed=seed,
         source=SOURCE.model_copy(update={"row": row.id}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import warnings
 from collections.abc import Iterator
 
 from agentopd.types import JSON, Limits, Message, Privileged, Source, Split, Task
@@ -54,11 +56,26 @@ def completion_task(question: str, entry_point: str, test: str, solution: str, g
         public={"entry_point": entry_point, "given": given},
         hidden=hidden,
         privileged=Privileged(
+            hint=first_statement(solution, entry_point),
             solution=solution,
             trajectory=(Message(role="assistant", content=fenced(solution)),) if solution else (),
         ),
         limits=LIMITS,
     )
+
+
+def first_statement(program: str, name: str) -> str:
+    """How the body of a function begins, in words; "" where the program does not define it at its top level."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # An odd escape in a benchmark's string is no business of the user's.
+            tree = ast.parse(program)
+    except SyntaxError:
+        return ""
+    body = next((node.body for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name), [])
+    after = body[1:] if len(body) > 1 and ast.get_docstring(ast.Module(body[:1], [])) is not None else body
+    line = (ast.get_source_segment(program, after[0]) or "").partition("\n")[0] if after else ""
+    return f"Its body can begin with `{line}`." if line else ""
 
 
 def fenced(code: str) -> str:

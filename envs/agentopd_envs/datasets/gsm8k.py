@@ -11,6 +11,7 @@ from agentopd_envs.micro.math import SYSTEM
 
 FILE = "gsm8k_dev.jsonl"
 LIMITS = Limits(max_turns=1, max_tokens=512)
+_CALCULATION = re.compile(r"<<(.*?)>>")
 SOURCE = Source(dataset="gsm8k", revision="3101c7d5072418e28b9008a6636bde82a006892c", licence="MIT")
 
 
@@ -29,15 +30,20 @@ def tasks(split: Split, limit: int | None, seed: int) -> Iterator[Task]:
 
 
 def _task(row: Gsm8kRow, split: Split, seed: int) -> Task:
-    worked = re.sub(r"<<.*?>>", "", row.answer.partition("####")[0]).strip()
+    worked = _CALCULATION.sub("", row.answer.partition("####")[0]).strip()
     solution = f"{worked}\n\\boxed{{{row.final}}}"
+    first = _CALCULATION.search(row.answer)
     return Task(
         id=row.id,
         env="math",
         split=split,
         prompt=(Message(role="system", content=SYSTEM), Message(role="user", content=row.question)),
         hidden={"answer": row.final},
-        privileged=Privileged(solution=solution, trajectory=(Message(role="assistant", content=solution),)),
+        privileged=Privileged(
+            hint=f"Start with {first[1]}." if first else worked.splitlines()[0],
+            solution=solution,
+            trajectory=(Message(role="assistant", content=solution),),
+        ),
         limits=LIMITS,
         seed=seed,
         source=SOURCE.model_copy(update={"row": row.id}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 
 from agentopd.types import JSON, Limits, Message, Privileged, Source, Split, Task
 from agentopd_envs.authoring import tool_turn
@@ -44,8 +45,25 @@ class BrokenProgram:
                 "public_cases": list(self.shown),
             },
             hidden={"cases": list(self.cases), "gold": self.gold, "starter": self.buggy},
-            privileged=Privileged(solution=self.gold, trajectory=(tool_turn("submit", code=self.gold),)),
+            privileged=Privileged(
+                hint=first_change(self.buggy, self.gold),
+                solution=self.gold,
+                trajectory=(tool_turn("submit", code=self.gold),),
+            ),
             limits=LIMITS,
             seed=seed,
             source=self.source.model_copy(update={"row": self.id}),
         )
+
+
+def first_change(old: str, new: str) -> str:
+    """Where a program first differs from the right one, in words: a hint that leaves the repair to be found."""
+    mine, wanted = ([line.rstrip() for line in text.strip().splitlines()] for text in (old, new))
+    for change, start, end, *_ in SequenceMatcher(None, mine, wanted, autojunk=False).get_opcodes():
+        if change == "insert":
+            after = mine[start].strip() if start < len(mine) else ""
+            return f"Something is missing before `{after}`." if after else "Its end is missing."
+        if change != "equal":
+            wrong = next((line for line in mine[start:end] if line.strip()), "")
+            return f"The line `{wrong.strip()}` is wrong."
+    return ""

@@ -76,6 +76,13 @@ def wrong_turns(task: Task) -> tuple[tuple[Message, ...], ...]:
     )
 
 
+def difficulty(task: Task) -> float:
+    """What is wrong: 1 a constant, which the docstring gives, 2 an operator, which it gives as a word, 3 a variable."""
+    edit = task.privileged.trajectory[0].tool_calls[0].arguments
+    places = [old == new for old, new in zip(edit["old"].split(), edit["new"].split(), strict=True)]
+    return {4: 1.0, 1: 2.0, 3: 2.0}.get(places.index(False), 3.0)
+
+
 def _apply(operator: str, left: int, right: int) -> int:
     if operator == "+":
         return left + right

@@ -1,0 +1,79 @@
+"""The plan's arithmetic: worked out by hand, against real models, and as the page shows it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from agentopd import capacity
+from agentopd.capacity import PLANS, QWEN3, Hardware, Shape, figures
+from agentopd.contracts import Evidence
+from agentopd.teachers.wire import pack_evidence
+from tests.tiny import qwen3
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/scaling.md"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_model(tied):
+    model = qwen3(50, tie_word_embeddings=tied)
+    assert Shape.of(model.config).parameters == sum(weight.numel() for weight in model.parameters())
+
+
+def test_published_sizes():
+    assert QWEN3["0.6B"].parameters == 596_049_920
+    assert QWEN3["8B"].parameters == 8_190_735_360
+    assert QWEN3["8B"].kv_bytes_per_token == 2 * 36 * 8 * 128 * 2
+
+
+def test_state_by_stage():
+    """Eighteen bytes a parameter on one rank; on four, of twelve, sixteen and eighteen a quarter."""
+    found = [capacity.state_bytes(1000, 4, stage) for stage in (0, 1, 2, 3)]
+    assert found == [18_000, 2_000 + 4_000 + 3_000, 2_000 + 4_000, 4_500]
+    assert capacity.state_bytes(1000, 1, 3) == 18_000
+    assert capacity.state_bytes(1000, 1, 0, "float32") == 16_000
+
+
+def test_the_state_is_what_adam_holds():
+    """fp32: weights, gradients and two moments."""
+    model = qwen3(50)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 2, dtype=torch.int64)).logits.sum().backward()
+    optimizer.step()
+    held = [x for weight in model.parameters() for x in (weight, weight.grad, *optimizer.state[weight].values())]
+    size = sum(x.nbytes for x in held if x.numel() > 1)
+    assert size == capacity.state_bytes(Shape.of(model.config).parameters, 1, 0, "float32")
+
+
+def test_an_answer_is_no_larger_than_planned():
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(151_936, (512, 64), generator=g).numpy()
+    logprobs = torch.randn(512, 64, generator=g).numpy()
+    packed = pack_evidence(Evidence("t", logprobs[:, 0], ids, logprobs))
+    assert 250 * 512 < len(packed) < capacity.evidence_bytes(512, 64) == 324 * 512
+
+
+def test_a_step_by_hand():
+    """One sequence of a model that is read once a token, on hardware of round numbers."""
+    shape = QWEN3["0.6B"]
+    assert capacity.decode_rate(shape, 1, 0, 2 * shape.parameters) == 1
+    assert capacity.train_flops(10, 3) == 240 and capacity.train_flops(10, 3, recompute=False) == 180
+    assert capacity.judge_cores(100, 10, 0.5) == 5
+    assert capacity.sync_seconds(25_000_000_000, 50e9) == 1
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+def test_the_plans_fit_their_gpus(plan):
+    found, hardware = figures(plan), Hardware()
+    assert plan.gpus == int(plan.name.split()[0])
+    learner = found["state_gib"] + found["activations_gib"] + found["head_gib"]
+    sampler = found["sampler_weights_gib"] + found["kv_gib"]
+    together = learner + sampler + found["teacher_gib"]
+    for part in (together,) if plan.shared else (learner, sampler, found["teacher_gib"]):
+        assert part < hardware.memory_gib
+    parts = [found[f"{name}_s"] for name in ("rollout", "score", "train")]
+    assert found["step_s"] == pytest.approx((sum(parts) if plan.shared else max(parts)) + found["sync_s"])
+
+
+def test_the_page_has_the_table():
+    assert capacity.table() in PAGE.read_text()
