@@ -120,6 +120,7 @@ def test_the_turns_of_an_episode_stay_on_one_server(place, routing, asked):
     assert play(place, place.replicas(2), scenario, routing=routing) == asked
 
 
+@pytest.mark.slow
 def test_a_killed_server_comes_back_with_the_current_weights_and_nothing_is_lost(place):
     checked: list[str] = []
 
@@ -145,6 +146,7 @@ def test_a_killed_server_comes_back_with_the_current_weights_and_nothing_is_lost
     play(place, place.replicas(2), scenario, check)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_while_nobody_asks_is_brought_back(place):
     async def scenario(pool: Pool) -> None:
         os.kill(pool.replicas[0].process.pid, signal.SIGKILL)
@@ -156,6 +158,7 @@ def test_a_server_that_dies_while_nobody_asks_is_brought_back(place):
     play(place, place.replicas(1), scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [True, False])
 def test_a_hung_server_is_found_by_its_deadline(place, stopped):
     async def scenario(pool: Pool) -> None:
@@ -172,6 +175,7 @@ def test_a_hung_server_is_found_by_its_deadline(place, stopped):
     play(place, place.replicas(1), scenario, turn_timeout_s=0.5)
 
 
+@pytest.mark.slow
 def test_a_request_that_kills_every_server_is_given_up_and_the_others_go_on(place):
     async def scenario(pool: Pool) -> None:
         asked = [request(DEADLY), *(request(SLOW, seed=i) for i in range(4))]
@@ -182,6 +186,7 @@ def test_a_request_that_kills_every_server_is_given_up_and_the_others_go_on(plac
     play(place, place.replicas(2), scenario)
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_is_named_with_its_last_words(place):
     weights = place.weights("old")
     (weights.path / "broken").touch()
@@ -193,6 +198,7 @@ def test_a_server_that_cannot_start_is_named_with_its_last_words(place):
         play(place, place.replicas(1), scenario)
 
 
+@pytest.mark.slow
 def test_without_servers_the_outage_ends_the_run(place):
     async def scenario(pool: Pool) -> None:
         (place.weights("old").path / "broken").touch()
@@ -209,6 +215,7 @@ def elsewhere(place: Place, weights: Weights) -> tuple[ServerProcess, Replica]:
     return process, Replica(f"server {address}", TokenClient(address))
 
 
+@pytest.mark.slow
 def test_servers_started_elsewhere_are_given_the_weights_and_left_alone(place):
     process, replica = elsewhere(place, place.weights("whatever"))
 
@@ -219,6 +226,7 @@ def test_servers_started_elsewhere_are_given_the_weights_and_left_alone(place):
     assert process.exit_code is None
 
 
+@pytest.mark.slow
 def test_weights_that_somebody_else_loaded_are_noticed_and_replaced(place):
     _, replica = elsewhere(place, place.weights("whatever"))
 
@@ -231,6 +239,7 @@ def test_weights_that_somebody_else_loaded_are_noticed_and_replaced(place):
     play(place, [replica], scenario)
 
 
+@pytest.mark.slow
 def test_a_server_elsewhere_that_is_away_is_waited_for(place, caplog):
     process, replica = elsewhere(place, place.weights("whatever"))
     assert replica.client is not None
@@ -253,6 +262,7 @@ def test_a_server_elsewhere_that_is_away_is_waited_for(place, caplog):
     assert ["failed" in m or "is back" in m for m in caplog.messages] == [True, True]
 
 
+@pytest.mark.slow
 def test_a_cancelled_turn_is_aborted_in_the_server(place):
     async def scenario(pool: Pool) -> None:
         turn = asyncio.create_task(pool.sample(request(SLOW)))
@@ -265,6 +275,7 @@ def test_a_cancelled_turn_is_aborted_in_the_server(place):
     play(place, place.replicas(1), scenario)
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_the_canary_is_given_up(place):
     async def check(replica: Replica) -> None:
         if replica.life:
@@ -278,6 +289,7 @@ def test_an_engine_that_fails_the_canary_is_given_up(place):
     play(place, place.replicas(1), scenario, check)
 
 
+@pytest.mark.slow
 def test_a_process_with_children_leaves_none_behind(place):
     process = place.process("server")
     process.start(place.weights("old").path)
@@ -306,6 +318,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_servers_and_their_children_die_with_the_trainer_that_was_killed(tmp_path):
     """kill -9 runs no clean-up: the kernel ends the server, and then what the server spawned."""
     (tmp_path / "spawns.py").write_text(SPAWNS)

@@ -190,7 +190,7 @@ def test_disagreement_is_ambiguous_and_carries_no_outcome(verifier, make_task, m
         ("1" * 10_000, VerdictStatus.RESOURCE),
         ("{" * 100 + "1" + "}" * 100, VerdictStatus.RESOURCE),
         ("9999^{9999}!", VerdictStatus.RESOURCE),
-        ("(10^{9999})^{9999}", VerdictStatus.TIMEOUT),
+        pytest.param("(10^{9999})^{9999}", VerdictStatus.TIMEOUT, marks=pytest.mark.slow),
     ],
 )
 def test_exhausting_answers_score_zero(verifier, make_task, make_episode, judge, answer, status):

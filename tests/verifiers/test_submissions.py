@@ -9,6 +9,7 @@ from agentopd.testing import SUBMISSIONS, check_verifier
 from agentopd.types import Verdict, VerdictStatus
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["math", "state", "code"])
 def test_the_shipped_verifiers_give_what_is_due(name, process_sandbox):
     findings = asyncio.run(check_verifier(verifiers.get(name)(), process_sandbox))
