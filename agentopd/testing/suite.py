@@ -23,6 +23,8 @@ BRIEF = SandboxLimits(wall_s=0.4, cpu_s=1.0, memory_mb=128, processes=16, file_m
 SETTLE_S = 10.0
 _ENGINE_MOUNTS = ("overlay", "nsfs")
 """Kinds that a container engine, ours or another's, may mount at any time."""
+_WRITTEN = ("m", "d", "0")
+"""What rows write into a sandbox's /tmp, by name: it must not turn up in the host's."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ async def check_sandbox(
     await sandbox.start()
     findings = []
     with _bait() as bait:
-        before = _Host()
+        before = _Host(bait)
         for row in rows:
             findings.append(await _one(sandbox, row, bait))
             advance()
@@ -114,6 +116,8 @@ class _Bait:
     listeners: tuple[socket.socket, ...]
     file: Path
     token: str
+    temporary: Path
+    """Where this process makes temporary files while the suite runs, so that those of others do not count."""
 
     def touched(self) -> str:
         """What was reached, or empty."""
@@ -150,25 +154,27 @@ def _bait() -> Iterator[_Bait]:
             "secret": variable,
             "pid": str(os.getpid()),
         }
+        usual, tempfile.tempdir = tempfile.tempdir, tempfile.mkdtemp(dir=folder)
         try:
-            yield _Bait(facts, (tcp, abstract), file, token)
+            yield _Bait(facts, (tcp, abstract), file, token, Path(tempfile.tempdir))
         finally:
+            tempfile.tempdir = usual
             del os.environ[variable]
 
 
 class _Host:
     """Mounts, temporary files, host name and running programs of sandboxes, to be compared later."""
 
-    def __init__(self) -> None:
+    def __init__(self, bait: _Bait) -> None:
         mounts = (line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
         self.mounts = sorted(path for path, kind in mounts if kind not in _ENGINE_MOUNTS and "/containers/" not in path)
-        self.temporary = {name for name in os.listdir(tempfile.gettempdir()) if "agentopd" in name}
+        self.temporary = os.listdir(bait.temporary), [name for name in _WRITTEN if Path("/tmp", name).exists()]
         self.name = socket.gethostname()
 
 
 async def _host(before: _Host, bait: _Bait) -> Finding:
     detail = bait.touched()
-    async for after in _looks():
+    async for after in _looks(bait):
         changes = [name for name in ("mounts", "temporary", "name") if getattr(before, name) != getattr(after, name)]
         if not changes:
             break
@@ -179,8 +185,8 @@ async def _host(before: _Host, bait: _Bait) -> Finding:
     )
 
 
-async def _looks() -> AsyncIterator[_Host]:
+async def _looks(bait: _Bait) -> AsyncIterator[_Host]:
     """Look again for a while: what is being taken down may still be there."""
     for _ in range(int(SETTLE_S * 10)):
-        yield _Host()
+        yield _Host(bait)
         await asyncio.sleep(0.1)

@@ -17,6 +17,8 @@ CASES_PER_LANE = 4
 """A program with more cases than this is spread over several free workers from the start."""
 PATIENCE_S = 0.02
 """A program that still has cases after this long gets one more free worker."""
+KILLS_BORNE = 3
+"""How often a case is run again after a kill that it cannot have sent itself."""
 PROBE = (Program("import colorsys"), Case("probe", "1 + 1"))
 
 
@@ -24,11 +26,15 @@ class CellDied(SandboxError):
     """A worker or a cell ended without a word. Whose fault that was is not known yet."""
 
 
+class CellKilled(SandboxError):
+    """Somebody outside ended a cell, which the program in it had no means to do."""
+
+
 class Cell(Protocol):
     """A place for the cases of one program, one at a time."""
 
     async def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
-        """Run one encoded request in a fresh process; ``CellDied`` or ``SandboxError``."""
+        """Run one encoded request in a fresh process; ``CellDied``, ``CellKilled`` or another ``SandboxError``."""
         ...
 
 
@@ -101,6 +107,7 @@ class _Run:
         self.requests = [(id_, encode_request(id_, program, case)) for id_, case in zip(ids, cases, strict=True)]
         self.todo = deque(range(len(cases)))
         self.deaths = [0] * len(cases)
+        self.kills = [0] * len(cases)
         self.found: dict[int, CaseResult] = {}
 
     async def lane(self) -> None:
@@ -125,7 +132,14 @@ class _Run:
     async def _one(self, worker: Worker, index: int) -> None:
         request_id, request = self.requests[index]
         cell = await worker.cell(self.limits)
-        outcome = await cell.call(request, self.limits)
+        try:
+            outcome = await cell.call(request, self.limits)
+        except CellKilled:
+            self.kills[index] += 1
+            if self.kills[index] > KILLS_BORNE:
+                raise
+            self.todo.appendleft(index)
+            return
         result = to_result(self.cases[index], request_id, outcome, self.limits)
         if result.status is CaseStatus.CRASH and outcome.signal == signal.SIGKILL and not self.deaths[index]:
             self.deaths[index] += 1  # by its own hand, or by a machine that ran out of memory: once more will tell

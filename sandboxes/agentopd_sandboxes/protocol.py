@@ -101,8 +101,10 @@ def _classify(request_id: bytes, outcome: Outcome, limits: SandboxLimits) -> tup
         return CaseStatus.TIMEOUT, None, f"still running after {limits.wall_s:g} s"
     if outcome.killed == "memory" or outcome.status is None:
         return CaseStatus.RESOURCE, None, f"its processes together used more than {limits.memory_mb} MiB"
+    if ran_out_of_time(outcome, limits):
+        return CaseStatus.TIMEOUT, None, f"used more than {limits.cpu_s:g} s of CPU"
     if outcome.signal is not None:
-        return _classify_signal(outcome.signal, outcome, limits)
+        return CaseStatus.CRASH, None, f"killed by {signal.Signals(outcome.signal).name}"
     if not outcome.report:
         code = os.waitstatus_to_exitcode(outcome.status)
         return CaseStatus.NO_RESULT, None, f"it ended (exit code {code}) without reporting a value"
@@ -120,8 +122,6 @@ def _classify(request_id: bytes, outcome: Outcome, limits: SandboxLimits) -> tup
     return _STATUS_OF_KIND[kind], None, value
 
 
-def _classify_signal(number: int, outcome: Outcome, limits: SandboxLimits) -> tuple[CaseStatus, Any, str]:
-    out_of_time = number in (signal.SIGXCPU, signal.SIGKILL) and outcome.cpu_s >= limits.cpu_s * 0.9
-    if out_of_time:
-        return CaseStatus.TIMEOUT, None, f"used more than {limits.cpu_s:g} s of CPU"
-    return CaseStatus.CRASH, None, f"killed by {signal.Signals(number).name}"
+def ran_out_of_time(outcome: Outcome, limits: SandboxLimits) -> bool:
+    """Whether the kernel ended it for the CPU time it used."""
+    return outcome.signal in (signal.SIGXCPU, signal.SIGKILL) and outcome.cpu_s >= limits.cpu_s * 0.9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from typing import Any
 from agentopd.contracts import SandboxLimits
 from agentopd.errors import SandboxError, boundary
 from agentopd_sandboxes import cell, linux, wire
-from agentopd_sandboxes.pool import CellDied
-from agentopd_sandboxes.protocol import Outcome, pack_limits
+from agentopd_sandboxes.pool import CellDied, CellKilled
+from agentopd_sandboxes.protocol import Outcome, pack_limits, ran_out_of_time
 from agentopd_sandboxes.remedies import remedy
 from agentopd_sandboxes.watch import PATIENCE
 
@@ -150,12 +151,14 @@ class Cell:
     async def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
         """Run one encoded request.
 
-        Raises ``SandboxError`` if the sandbox could not set it up, ``CellDied`` if it went silent.
+        Raises ``SandboxError`` if the sandbox could not set it up, ``CellDied`` if it went silent, ``CellKilled`` if
+        it was killed: SIGKILL from inside does not reach the first process of a pid namespace, and where that process
+        sends it to itself, the filter ends it by another signal.
         """
         with boundary(SandboxError, "running a case"):
             write_all(self._request, request)
             reply = await self._ask(limits)
-            return Outcome(
+            outcome = Outcome(
                 status=reply.get("status"),
                 killed=reply["killed"],
                 cpu_s=reply["cpu_s"],
@@ -163,6 +166,9 @@ class Cell:
                 report=os.pread(self._report, wire.MAX_FRAME_BYTES + 1, 0),
                 output=os.pread(self._output, limits.output_bytes + 1, 0),
             )
+            if outcome.signal == signal.SIGKILL and not ran_out_of_time(outcome, limits):
+                raise CellKilled("a sandbox cell was killed from outside")
+            return outcome
 
     async def _ask(self, limits: SandboxLimits) -> dict[str, Any]:
         try:
@@ -173,7 +179,7 @@ class Cell:
             raise CellDied("a sandbox cell does not answer") from exc
         reply = _decoded(message, lambda fault, _: f"the sandbox could not set up a case: {fault}")
         if "wall_ms" not in reply:
-            raise CellDied("a sandbox cell ended before its case began")
+            raise CellKilled("a sandbox cell ended before its case began")
         return reply
 
     def close(self) -> None:
