@@ -14,7 +14,7 @@ from pathlib import Path
 
 NAMES = (
     *("rollout", "learner_step", "loss_head", "e2e_step", "packing", "score", "transport", "growth", "sandbox"),
-    *("episodes", "weight_sync", "faults"),
+    *("episodes", "weight_sync", "report", "faults"),
 )
 RESULTS = Path(__file__).parent / "results"
 

@@ -21,6 +21,7 @@ SMALL = {
     "episodes": ["--rounds", "1", "--episodes", "40", "--live", "8"],
     "e2e_step": ["--prompts", "2", "--new", "4", "--rounds", "1"],
     "rollout": ["--prompts", "2", "--pairs", "1", "--dtype", "float32"],
+    "report": ["--rounds", "1"],
 }
 KEYS = {
     "episodes": {"vs_slowest", "vs_apart", "vs_slower_half", "grown_mb"},
@@ -31,6 +32,7 @@ KEYS = {
     "e2e_step": {"tokens_per_cpu_s_whole", "tokens_per_cpu_s_topk"},
     "growth": {f"exponent_{name}" for name in ("tasks", "turns", "positions", "length", "workers")},
     "rollout": {"vs_hf_generate"},
+    "report": {"build_s", "megabytes", "first_paint_ms"},
 }
 WITH_VLLM = {
     "rollout": {"vs_raw_vllm", "vs_raw_vllm_wall", "vs_raw_vllm_without_logprobs", "tokens_per_cpu_s"},
