@@ -22,7 +22,7 @@ from agentopd.report import build_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')"
-OVERRIDES = ("train.steps=2", "train.prompts_per_step=24", "eval.limit=4")
+OVERRIDES = ("train.steps=2", "train.prompts_per_step=24", "eval.tasks_per_skill=4")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
