@@ -18,14 +18,15 @@ from torch import Tensor
 
 from agentopd.config.objective import Blocks
 from agentopd.config.objective_blocks import AbsoluteAdvantage, CandidatesPG, GroupAdvantage, RubricAdvantage
-from agentopd.config.objective_data import TeacherForwardKL
+from agentopd.config.objective_data import GoldNLL, TeacherForwardKL
 from agentopd.contracts import Evidence, ScoredEpisode
 from agentopd.errors import ConfigError, InfraError, TeacherError
 from agentopd.objective.advantages import absolute_advantages, group_advantages
 from agentopd.objective.candidates import candidate_table
-from agentopd.objective.masks import ClassifyTokens, TokenClasses, hidden_tail, num_kept
+from agentopd.objective.masks import ClassifyTokens, TokenClasses, hidden_tail
 from agentopd.objective.microbatches import split_micro_batches
 from agentopd.objective.repetition import looping_tail
+from agentopd.objective.scales import PARTS, skill_counts, token_scales, unsolved_share
 from agentopd.objective.streams import Batch
 from agentopd.objective.suffix import fade_from, margins
 from agentopd.objective.support import overlap
@@ -40,7 +41,6 @@ COUNTERS = (
     *MASKED,
 )
 INTEGERS = ("position_N", "turn_N", "skill_N", "segment_N")
-PARTS = ("teacher_part_N", "verifier_part_N", "anchor_part_N", "reference_part_N")
 FLAGS = ("policy_N", "special_N", "span_N", *PARTS)
 LOGPROBS = ("rollout_logprobs_N", "teacher_logprobs_N", "ref_logprobs_N")
 FLOATS = (*LOGPROBS, "overlap_N", "advantage_N", "sigma_N", "teacher_rest_N")
@@ -119,13 +119,17 @@ def build_batch(
             quarantined[index] = str(exc)
     counts |= _sizes(list(rows.values())) | {"quarantined": len(quarantined)}
     batch, parts_CN = _stack(rows, skills, pad_id)
-    counts_CS = all_reduce(_skill_counts(parts_CN, batch, objective.masks.entropy_top_ratio))
+    counts_CS = all_reduce(skill_counts(parts_CN, batch, objective.masks.entropy_top_ratio))
     metrics = _reduced(counts, all_reduce)
     if metrics["batch/quarantined"] and not metrics["batch/rows"]:
         raise TeacherError(f"no episode of this batch can be trained on: {next(iter(quarantined.values()), metrics)}")
     if objective.needs_teacher and metrics["batch/episodes"] and not counts_CS[0].any():
         raise TeacherError(f"the teacher has no token to act on in this batch: {metrics}")
-    return replace(batch, **_scales(batch, parts_CN, counts_CS, shares), metrics=metrics, quarantined=quarantined)
+    scales: dict[str, Any] = {**token_scales(batch, parts_CN, counts_CS, shares)}
+    if isinstance(objective.anchor, GoldNLL) and objective.anchor.prompts == "unsolved":
+        reach_S = unsolved_share(all_reduce(_prompt_counts(scored, rows, skills)))
+        scales["anchor_scale_N"] = scales["anchor_scale_N"] * reach_S[batch.skill_N]
+    return replace(batch, **scales, metrics=metrics, quarantined=quarantined)
 
 
 def _sizes(rows: Sequence[_Row]) -> dict[str, int]:
@@ -374,24 +378,9 @@ def _slots(tables: Sequence[Array], unused: float, dtype: type[np.generic]) -> T
     return torch.from_numpy(np.concatenate([np.zeros((0, width)), *padded]).astype(dtype))
 
 
-def _skill_counts(parts_CN: Tensor, batch: Batch, entropy_top_ratio: float | None) -> Tensor:
-    """Tokens of each skill taking part in each component (C, S).
-
-    The entropy mask keeps a known number of each episode's tokens, but only the learner sees which: a token that may be
-    kept counts for its share of them.
-    """
-    counted_CN = parts_CN.double()
-    if entropy_top_ratio is not None and batch.num_rows:
-        sizes_B = torch.bincount(batch.row_N[parts_CN[0]], minlength=batch.num_rows).tolist()
-        share_B = torch.tensor([num_kept(n, entropy_top_ratio) / max(n, 1) for n in sizes_B], dtype=torch.float64)
-        counted_CN[0] *= share_B[batch.row_N]
-    zeros_CS = torch.zeros(len(PARTS), len(batch.skills), dtype=torch.float64)
-    return zeros_CS.index_add(1, batch.skill_N, counted_CN)
-
-
-def _scales(batch: Batch, parts_CN: Tensor, counts_CS: Tensor, shares: Mapping[str, float]) -> dict[str, Any]:
-    """For each component, every token's share of its skill over the skill's global count of tokens taking part."""
-    share_S = torch.tensor([shares[name] for name in batch.skills], dtype=torch.float64)
-    unit_CS = share_S / counts_CS.clamp(min=1)
-    scales_CN = torch.where(parts_CN, unit_CS[:, batch.skill_N], 0.0).float()
-    return {name.replace("_part_", "_scale_"): scale_N for name, scale_N in zip(PARTS, scales_CN, strict=True)}
+def _prompt_counts(scored: Sequence[ScoredEpisode], rows: Mapping[int, _Row], skills: tuple[str, ...]) -> Tensor:
+    """Prompts of each skill that the anchor answers, and all that were judged (2, S)."""
+    tried = {x.episode.task_hash: x.episode.skill for x in scored if not x.anchor and x.verdict.outcome is not None}
+    anchored = [scored[index].episode.skill for index in rows if scored[index].anchor]
+    counts = [[found.count(name) for name in skills] for found in (anchored, list(tried.values()))]
+    return torch.tensor(counts, dtype=torch.float64)

@@ -42,8 +42,9 @@ def item(outcome=1.0, turns=((11, 12, END), (OPEN, 13, CLOSE, END)), skill="a", 
         for t in turns
     )
     episode = Episode(
-        id=fields.pop("id", "e"), task_id="t", task_hash="h", env="toy", split="train", skill=skill, group_id=group,
-        prompt_ids=fields.pop("prompt_ids", (3, 4)), turns=made, stop_reason=StopReason(stop),
+        id=fields.pop("id", "e"), task_id="t", task_hash=fields.pop("task_hash", "h"), env="toy", split="train",
+        skill=skill, group_id=group, prompt_ids=fields.pop("prompt_ids", (3, 4)), turns=made,
+        stop_reason=StopReason(stop),
     )  # fmt: skip
     certificates, anchor = fields.pop("certificates", ()), fields.pop("anchor", False)
     if outcome is None:
@@ -307,6 +308,19 @@ def test_rows_beside_the_students_take_part_in_the_anchor_alone():
     assert batch.metrics["batch/anchors"] == 1
     alone = build([item(1.0), item(0.0)], config)
     assert torch.equal(batch.teacher_scale_N[~beside], alone.teacher_scale_N)
+
+
+def test_gold_of_one_unsolved_prompt_weighs_as_one_prompt():
+    gold = item(evidence=None, anchor=True, task_hash="hard")
+    students = [item(1.0, task_hash="easy"), item(0.0, task_hash="hard"), item(0.0, task_hash="hard")]
+    students += [item(None, task_hash="nobody knows")]
+    batch = build(
+        [*students, gold], objective("verifier_calibrated", anchor={"kind": "gold_nll", "prompts": "unsolved"})
+    )
+    beside = batch.row_N == 4
+    assert_close(batch.anchor_scale_N, torch.where(beside, 0.5 / 7, 0.0))
+    whole = build([*students, gold], objective("verifier_calibrated", anchor={"kind": "gold_nll"}))
+    assert_close(whole.anchor_scale_N, torch.where(beside, 1 / 7, 0.0))
 
 
 def test_rows_beside_the_students_do_not_move_the_group():

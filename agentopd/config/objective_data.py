@@ -23,7 +23,8 @@ class GoldNLL(Section):
     kind: Literal["gold_nll"] = "gold_nll"
     coef: float = Field(1.0, gt=0)
     prompts: Literal["all", "unsolved"] = "all"
-    """Which of the student's prompts get one: ``unsolved`` are those whose judged rollouts all failed."""
+    """Which of the student's prompts get one: ``unsolved`` are those whose judged rollouts all failed; the others count
+    with a loss of zero."""
 
 
 class TeacherAnchor(Section):
