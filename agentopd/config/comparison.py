@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -12,7 +13,13 @@ NAME = r"^[A-Za-z0-9_.+-]+$"
 
 
 def _toml(value: Any) -> str:
-    """A value as ``--set`` reads it back."""
+    """A value in one line of TOML, as ``--set`` reads it back."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

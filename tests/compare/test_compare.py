@@ -97,6 +97,26 @@ def test_a_plan_resolves_every_run_seed_by_seed(tmp_path):
     assert plan.runs[1].config.objective.router.w_conflict == 0.5
 
 
+def test_an_arm_may_set_lists_and_tables(tmp_path):
+    arm = """
+[arms.staged]
+preset = "opd"
+[arms.staged.set]
+"model.lora" = { rank = 4, targets = ["q_proj", "v_proj"] }
+"tracking.tensorboard" = true
+[[arms.staged.set."objective.stages"]]
+name = "it's \\"gold\\""
+until = 0.25
+source = { kind = "gold" }
+divergence = { kind = "none" }
+anchor = { kind = "gold_nll" }
+[arms.calibrated]"""
+    run = next(run for run in make_plan(comparison(tmp_path, **{"[arms.calibrated]": arm})).runs if run.arm == "staged")
+    (stage,) = run.config.objective.stages
+    assert (stage.name, stage.until, stage.source.kind) == ('it\'s "gold"', 0.25, "gold")
+    assert run.config.model.lora.targets == ("q_proj", "v_proj") and run.config.tracking.tensorboard
+
+
 def test_arms_and_seeds_can_be_picked(tmp_path):
     plan = make_plan(comparison(tmp_path), ["calibrated"], 2)
     assert [run.name for run in plan.runs] == ["calibrated-seed-0", "calibrated-seed-1"]
