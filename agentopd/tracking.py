@@ -319,6 +319,14 @@ def user_errors(path: Path) -> Iterator[None]:
         ) from exc
 
 
+def processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from agentopd.tracking import processor
+
 NAMES = (
     *("rollout", "learner_step", "loss_head", "e2e_step", "packing", "score", "transport", "growth", "sandbox"),
     *("episodes", "weight_sync", "report", "faults"),
@@ -22,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     machine: dict[str, object] = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
@@ -35,12 +37,6 @@ def main() -> None:
         machine["load"] = os.getloadavg()[0]
         figures = json.loads(done.stdout.strip().splitlines()[-1])
         (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

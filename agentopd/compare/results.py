@@ -15,7 +15,7 @@ from agentopd.config.comparison import START_ARM
 from agentopd.evaluation.comparison import SeedDifference, benjamini_hochberg, holm, paired_seeds
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.report.collect import RunData, collect
-from agentopd.tracking import Session
+from agentopd.tracking import Session, processor
 
 MEASURES = ("new_skills", "retention")
 
@@ -58,7 +58,7 @@ def _results(plan: Plan, found: Mapping[Key, SeedResult]) -> Results:
         tolerated_drop=declared.tolerated_drop if declared else None,
         planned=len(plan.runs),
         finished=sum((run.arm, run.seed) in found for run in plan.runs),
-        machine={"platform": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count()},
+        machine={"platform": platform.platform(), "processor": processor(), "cpus": os.cpu_count()},
         versions={"python": platform.python_version(), **Session.now(()).packages},
     )
 
@@ -66,7 +66,7 @@ def _results(plan: Plan, found: Mapping[Key, SeedResult]) -> Results:
 def _read(plan: Plan, run: PlannedRun) -> dict[Key, SeedResult]:
     """A finished run, and the untrained student that it measured first."""
     data = collect(run.path)
-    known = {"config": plan.fingerprint(run), "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}
+    known = {"config": plan.fingerprint(run), "machine": f"{processor()}, {os.cpu_count()} CPUs"}
     found = {(run.arm, run.seed): seed_result(run.seed, data).model_copy(update=known)}
     if data.base is not None:
         untrained = SeedResult(seed=run.seed, **_scores(data, data.base.result), retention=0.0, forgetting=0.0)
