@@ -173,6 +173,11 @@ def test_temperature_shares_by_number_of_tasks():
     assert TaskStream(source("small", None), capped, seed=0).size == 5000
 
 
+def test_a_weight_that_no_batch_would_read_is_refused():
+    with pytest.raises(ValueError, match=r"'math' is old.*replay\.share"):
+        skill("math", "old", weight=0.2)
+
+
 def test_temperature_and_weights_exclude_each_other():
     with pytest.raises(ValueError, match="either temperature or weights"):
         SuiteConfig(temperature=2.0, skills=(skill("a", weight=2.0), skill("b")))

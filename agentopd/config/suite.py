@@ -34,6 +34,7 @@ class SkillConfig(Section):
     role: SkillRole = "new"
     """``new`` skills are trained; ``old`` ones are replayed and must be kept."""
     weight: float = Field(1.0, gt=0)
+    """Share among the new skills; old ones share what ``[replay]`` gives them."""
     teacher: str | None = None
     """A key of ``[teachers]``. Default: ``default`` for new skills, the frozen starting student for old ones."""
     verifier: str | None = None
@@ -48,6 +49,15 @@ class SkillConfig(Section):
     """Episodes of this skill that may be under way at once."""
     own_batches: bool = False
     """Decode its episodes apart from the others', which then need not wait for a slow environment."""
+
+    @model_validator(mode="after")
+    def _weight_is_read(self) -> SkillConfig:
+        if self.role == "old" and self.weight != 1.0:
+            raise ValueError(
+                f"skill {self.name!r} is old, and weight {self.weight:g} is for new skills: old ones get replay.share, "
+                "which replay.policy divides"
+            )
+        return self
 
     @field_validator("limits", mode="before")
     @classmethod
