@@ -5,15 +5,18 @@ from dataclasses import asdict
 
 import pytest
 
+from agentopd.config.retention import GuardConfig
 from agentopd.config.run import ReplayConfig, SkillConfig, SuiteConfig
 from agentopd.errors import ConfigError
 from agentopd.mixture import (
     CoresetStream,
+    GuardState,
     Mixture,
     MixtureState,
     ReplayScores,
     TaskStream,
     budgeted_shares,
+    guard_actions,
     replay_weights,
 )
 from agentopd.types import Task
@@ -86,6 +89,14 @@ def test_budgeted_replay_doubles_for_a_lost_skill_and_relaxes_for_a_kept_one():
     assert moved == pytest.approx({"a": 0.2, "b": 0.07, "c": 0.1})
     assert budgeted_shares({"b": 0.06}, config, scores, 0.02) == {"b": 0.05}
     assert sum(budgeted_shares({"a": 0.39, "b": 0.3}, config, scores, 0.02).values()) == pytest.approx(0.4)
+
+
+def test_a_loss_of_just_the_tolerance_is_within_it():
+    scores = ReplayScores(base={"a": 0.92, "b": 0.92}, current={"a": 0.90, "b": 0.91})
+    config = ReplayConfig(policy="budgeted", share=0.1)
+    assert budgeted_shares({"a": 0.1, "b": 0.1}, config, scores, 0.02) == pytest.approx({"a": 0.1, "b": 0.07})
+    state = GuardState(step=9, share=0.1, rate_scale=1.0, kept_step=None)
+    assert guard_actions(GuardConfig(enabled=True), config, scores, ["a", "b"], 0.02, state) == []
 
 
 def test_budgeted_shares_find_the_least_replay_that_keeps_a_skill():
