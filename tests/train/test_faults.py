@@ -92,7 +92,7 @@ def test_a_poisoned_episode_is_quarantined_and_the_run_goes_on(quickstart, small
     flawed = run.teachers.by_key["default"] = Flawed(run.teachers.by_key["default"])
     asyncio.run(train(run, make_console(plain=True)))
     (row,) = read_jsonl(run.root / "metrics.jsonl")
-    assert (row["batch/quarantined"], row["batch/rows"]) == (1, 11)
+    assert (row["batch/quarantined"], row["batch/rows"] - row["batch/anchors"]) == (1, 11)
     directory = RunDirectory.open(run.root)
     (line,) = (directory.quarantined / "step_000001.jsonl").read_text().splitlines()
     found = QuarantinedEpisode.model_validate_json(line)
