@@ -6,6 +6,7 @@
   const open = () => {
     const wanted = location.hash.slice(1).split("/")[0];
     const current = sections.find((section) => section.id === wanted) ?? sections[0];
+    if (current.classList.contains("current")) return;
     for (const section of sections) section.classList.toggle("current", section === current);
     for (const link of links) {
       if (link.hash === "#" + current.id) {
@@ -23,7 +24,10 @@
   addEventListener("DOMContentLoaded", open);
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
-    if (links[event.key - 1]) links[event.key - 1].click();
+    const link = links[event.key - 1];
+    if (!link) return;
+    location.hash = link.hash;
+    open(); // hashchange comes a task later, after the next key perhaps
   });
 
   const theme = document.getElementById("theme");
