@@ -1,8 +1,13 @@
-"""How a run answers an evaluation that it made on the way: replay shares move, guards act, everything is logged."""
+"""How a run answers what it sees of its old skills: replay shares move, guards act, everything is logged."""
 
 from __future__ import annotations
 
-from agentopd.mixture import Action, GuardState, ReplayScores, guard_actions
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from agentopd.evaluate import Judged
+from agentopd.learner import runtime
+from agentopd.mixture import Action, GuardState, guard_actions
 from agentopd.runs import Run
 
 
@@ -17,12 +22,8 @@ def react(run: Run) -> None:
     run.enter_stage()
     old = sorted(run.old_skills)
     before = run.mixture.shares()
-    for skill, share in run.mixture.react(tolerance).items():
-        if share != before[skill]:
-            drop = run.mixture.scores.loss(skill)
-            run.record(
-                Action(step=run.step, action="replay_shares", skill=skill, drop=drop, before=before[skill], after=share)
-            )
+    run.mixture.react(tolerance)
+    _record_moves(run, run.step, before, {skill: run.mixture.scores.loss(skill) for skill in old})
     if not run.config.guard.enabled or not old:
         return
     if all(run.mixture.scores.loss(skill) <= tolerance for skill in old):
@@ -35,10 +36,41 @@ def react(run: Run) -> None:
         run.record(action)
 
 
+def watch(run: Run, own: Sequence[Judged]) -> None:
+    """Let the replay policy see how the student's ``own`` episodes of old skills went, of this step and all ranks."""
+    tolerance, old = run.tolerated_drop, run.old_skills
+    if tolerance is None or run.blocks.source.kind not in ("student", "mixed") or not run.mixture.is_budgeted:
+        return
+    mine = [(episode.skill, verdict.outcome) for episode, verdict in own if episode.skill in old]
+    outcomes: dict[str, list[float]] = defaultdict(list)
+    for part in runtime.gather_objects(mine):
+        for skill, outcome in part:
+            if outcome is not None:
+                outcomes[skill].append(outcome)
+    before = run.mixture.shares()
+    _record_moves(run, run.step + 1, before, run.mixture.observe(outcomes, tolerance))
+
+
+def _record_moves(run: Run, step: int, before: Mapping[str, float], drops: Mapping[str, float]) -> None:
+    after = run.mixture.shares()
+    for skill, drop in drops.items():
+        if after[skill] != before[skill]:
+            run.record(
+                Action(
+                    step=step,
+                    action="replay_shares",
+                    skill=skill,
+                    drop=drop,
+                    before=before[skill],
+                    after=after[skill],
+                )
+            )
+
+
 def _apply(run: Run, action: Action) -> None:
     if action.action == "roll_back":
         then = run.roll_back(int(action.after))
-        run.mixture.scores = ReplayScores(dict(then.base), dict(then.current))
+        run.mixture.scores = then.scores()
     elif action.action == "raise_share":
         run.mixture.share = action.after
     elif action.action == "lower_lr":

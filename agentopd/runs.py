@@ -238,8 +238,9 @@ class Run:
         if self.teachers.start is not None and self.directory is not None:
             kl = await start_kl(judged, self.teachers.start)
         result = summarise(judged, stage, config.k, step=self.step, seed=config.seed, kl=kl)
-        scores = {name: score.avg_at_k for name, score in result.tasks.items() if score.avg_at_k is not None}
-        self.mixture.scores.update({name: value for name, value in scores.items() if name in self.old_skills})
+        old = {name: score for name, score in result.tasks.items() if name in self.old_skills}
+        scores = {name: score.avg_at_k for name, score in old.items() if score.avg_at_k is not None}
+        self.mixture.scores.update(scores, {name: old[name].standard_error for name in scores})
         self.evals[stage] = result
         if self.directory is not None:
             self.directory.save_eval(stage, result)

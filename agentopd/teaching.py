@@ -18,6 +18,7 @@ from agentopd.config.teachers import ChatTeacherConfig, ServedTeacherConfig, Tea
 from agentopd.contracts import Teacher
 from agentopd.demonstrations import Demonstrator
 from agentopd.engines import HFEngine
+from agentopd.errors import ConfigError
 from agentopd.learner.head import Head
 from agentopd.models import (
     check_same_vocabulary,
@@ -31,7 +32,7 @@ from agentopd.rendering import ChatRenderer
 from agentopd.rollout import RolloutOptions
 from agentopd.rollout.cache import RolloutCache
 from agentopd.teachers.chat import ChatEndpoint
-from agentopd.teachers.local import LocalTeacher
+from agentopd.teachers.local import LocalTeacher, with_outputs_swapped
 from agentopd.teachers.rubric import RubricJudge
 from agentopd.teachers.served import ServedTeacher
 from agentopd.teachers.stored import StoredTeacher, StoreHeader
@@ -205,6 +206,7 @@ class _Faculty:
             teachers.by_key[key] = self._served[key] = ServedTeacher(key, chosen, vocabulary)
             return
         model, tokenizer = load_model(chosen.model, chosen.dtype), load_tokenizer(chosen.model)
+        scorer = self._with_its_end_of_turn(key, model, chosen)
         if self.alignment is not None:
             renderer = ChatRenderer(tokenizer, self.policy.codec)
             vocab_size = len(tokenizer)
@@ -218,7 +220,7 @@ class _Faculty:
                 teachers.views[key] = PrivilegedView(self._opening(chosen))
         teachers.actors[key] = actor
         if self.scores:
-            teachers.by_key[key] = LocalTeacher(key, model, chosen.batch_tokens, vocab_size, self.whole)
+            teachers.by_key[key] = LocalTeacher(key, scorer, chosen.batch_tokens, vocab_size, self.whole)
 
     def add_references(self, teachers: Teachers) -> None:
         """The reference policy of every trained skill: the frozen start, or the base of the skill's teacher."""
@@ -236,6 +238,17 @@ class _Faculty:
                 if name not in teachers.references:
                     teachers.references[name] = LocalTeacher("reference", self.start())
             teachers.reference_routes[skill.name] = name
+
+    def _with_its_end_of_turn(self, key: str, model: Any, chosen: TeacherConfig) -> Any:
+        if chosen.end_of_turn is None:
+            return model
+        tokenizer, own = self.policy.tokenizer, self.policy.renderer.end_of_turn_id
+        end = tokenizer.get_vocab().get(chosen.end_of_turn)
+        if self.alignment is not None or end in (None, own):
+            why = "needs the student's tokenizer" if self.alignment is not None else "must be another token of it"
+            what = f"teachers.{key}.end_of_turn {chosen.end_of_turn!r}"
+            raise ConfigError(f"{what} {why}; the student ends its turns with {tokenizer.convert_ids_to_tokens(own)!r}")
+        return with_outputs_swapped(model, end, own)
 
     def _opening(self, chosen: TeacherConfig) -> Opening:
         privilege = None if chosen.context == "student" else chosen.context

@@ -23,7 +23,7 @@ from agentopd.inspection import inspect
 from agentopd.learner import runtime
 from agentopd.objective.streams import Batch
 from agentopd.pipeline import Collected, Rollouts, apart
-from agentopd.reaction import react
+from agentopd.reaction import react, watch
 from agentopd.rubrics import reward
 from agentopd.runs import Clock, Run
 from agentopd.scoring import add_candidates, add_reference, assemble, gather_evidence
@@ -95,6 +95,7 @@ async def train_step(run: Run, collected: Collected) -> Seen:
     judged = [(episode, verdict) for (episode, _), verdict in zip(judged, verdicts, strict=True)]
     for tried, solved in runtime.gather_objects(tried_and_solved(collected.own)):
         run.mixture.record(collected.drawn, tried, solved)
+    watch(run, collected.own)
     if not run.config.train.max_staleness:
         run.policy.engine.sleep()
     with clock.phase("teacher"):

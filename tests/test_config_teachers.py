@@ -39,6 +39,7 @@ def test_kinds_of_teachers_and_the_way_back(load, tmp_path):
         (HF, ["objective.preset=seqkd", "teachers.default.context=hint"], "this objective scores nothing"),
         (HF, ["objective.preset=seqkd", "teachers.default.misread_share=0.5"], "this objective scores nothing"),
         (HF, ["objective.preset=sg_opd", "teachers.default.misread_share=0.5"], "does not reach the teacher's own"),
+        (HF, ["objective.preset=sg_opd", "teachers.default.end_of_turn=</s>"], "end_of_turn does not reach"),
         (HF, ["objective.preset=lightning_opd"], "set num_train_tasks of skill 'store'"),
         (HF, ["objective.preset=opd", "suite.skills.store.teacher=codr"], "names teacher 'codr'.* has: default"),
         (HF, ["objective.preset=opd", "teachers.default.contxt=hint"], "teachers.default.contxt: unknown key|'contxt'"),

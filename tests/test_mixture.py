@@ -1,9 +1,12 @@
 """Batches: exact shares, reproducible draws, replay that follows forgetting."""
 
 import json
+import random
 from dataclasses import asdict
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agentopd.config.retention import GuardConfig
 from agentopd.config.run import ReplayConfig, SkillConfig, SuiteConfig
@@ -15,10 +18,10 @@ from agentopd.mixture import (
     MixtureState,
     ReplayScores,
     TaskStream,
-    budgeted_shares,
     guard_actions,
     replay_weights,
 )
+from agentopd.mixture.budget import Watch, evaluated_shares
 from agentopd.types import Task
 
 
@@ -82,21 +85,43 @@ def test_replay_weights_follow_the_formula():
     assert replay_weights(["a", "b"], ReplayConfig(), scores) == pytest.approx({"a": 0.5, "b": 0.5})
 
 
+BUDGET = ReplayConfig(policy="budgeted", share=0.2, min_share=0.05, max_share=0.4)
+
+
+def replayed(**losses):
+    return {name: Watch(loss=loss, replayed=True) for name, loss in losses.items()}
+
+
 def test_budgeted_replay_doubles_for_a_lost_skill_and_relaxes_for_a_kept_one():
-    config = ReplayConfig(policy="budgeted", share=0.2, min_share=0.05, max_share=0.4)
-    scores = ReplayScores(base=dict.fromkeys("abc", 0.9), current={"a": 0.8, "b": 0.9, "c": 0.885})
-    moved = budgeted_shares({"a": 0.1, "b": 0.1, "c": 0.1}, config, scores, tolerated_drop=0.02)
-    assert moved == pytest.approx({"a": 0.2, "b": 0.07, "c": 0.1})
-    assert budgeted_shares({"b": 0.06}, config, scores, 0.02) == {"b": 0.05}
-    assert sum(budgeted_shares({"a": 0.39, "b": 0.3}, config, scores, 0.02).values()) == pytest.approx(0.4)
+    scores = ReplayScores(base=dict.fromkeys("abc", 0.9), current={"a": 0.8, "b": 0.9, "c": 0.88})
+    watches = replayed(a=0, b=0, c=0)
+    moved = evaluated_shares({"a": 0.1, "b": 0.1, "c": 0.1}, BUDGET, scores, watches, tolerated_drop=0.02)
+    assert moved == pytest.approx({"a": 0.2, "b": 0.07, "c": 0.07})
+    assert evaluated_shares({"b": 0.06}, BUDGET, scores, watches, 0.02) == {"b": 0.05}
+    lost = ReplayScores(base={"a": 0.9, "b": 0.9}, current={"a": 0.5, "b": 0.5})
+    assert sum(evaluated_shares({"a": 0.39, "b": 0.3}, BUDGET, lost, watches, 0.02).values()) == pytest.approx(0.4)
+
+
+def test_a_share_goes_up_neither_by_chance_nor_while_the_skill_mends_nor_down_for_what_was_not_replayed():
+    scores = ReplayScores()
+    scores.update({"a": 0.9}, {"a": 0.03})
+    scores.update({"a": 0.84}, {"a": 0.04})
+    assert scores.noise("a") == pytest.approx(0.05)
+    assert evaluated_shares({"a": 0.1}, BUDGET, scores, replayed(a=0), 0.02) == {"a": 0.1}
+    scores.update({"a": 0.82}, {"a": 0.04})
+    assert evaluated_shares({"a": 0.1}, BUDGET, scores, replayed(a=0), 0.02) == {"a": 0.2}
+    assert evaluated_shares({"a": 0.1}, BUDGET, scores, replayed(a=0.3), 0.02) == {"a": 0.1}
+    scores.update({"a": 0.9}, {"a": 0.03})
+    assert evaluated_shares({"a": 0.1}, BUDGET, scores, {"a": Watch()}, 0.02) == {"a": 0.1}
 
 
 def test_a_loss_of_just_the_tolerance_is_within_it():
-    scores = ReplayScores(base={"a": 0.92, "b": 0.92}, current={"a": 0.90, "b": 0.91})
+    scores = ReplayScores(base={"a": 0.92, "b": 0.92}, current={"a": 0.90, "b": 0.89})
     config = ReplayConfig(policy="budgeted", share=0.1)
-    assert budgeted_shares({"a": 0.1, "b": 0.1}, config, scores, 0.02) == pytest.approx({"a": 0.1, "b": 0.07})
+    moved = evaluated_shares({"a": 0.1, "b": 0.1}, config, scores, replayed(a=0, b=0), 0.02)
+    assert moved == pytest.approx({"a": 0.07, "b": 0.2})
     state = GuardState(step=9, share=0.1, rate_scale=1.0, kept_step=None)
-    assert guard_actions(GuardConfig(enabled=True), config, scores, ["a", "b"], 0.02, state) == []
+    assert guard_actions(GuardConfig(enabled=True), config, scores, ["a"], 0.02, state) == []
 
 
 def test_budgeted_shares_find_the_least_replay_that_keeps_a_skill():
@@ -108,11 +133,78 @@ def test_budgeted_shares_find_the_least_replay_that_keeps_a_skill():
     for _ in range(40):
         share = mix.shares()["math"]
         seen.append(share)
+        mix.draw(30)
         mix.scores.update({"math": 0.9 if share >= 0.12 else 0.8})
         mix.react(0.02)
     assert min(seen[10:]) >= 0.08 and max(seen[10:]) <= 0.25
     assert sum(mix.shares().values()) == pytest.approx(1)
     assert mix.react(0.02).keys() == {"math"} and mixture().react(0.02) == {}
+
+
+def test_replayed_episodes_that_fail_raise_the_share_until_they_succeed_again():
+    mix = mixture(policy="budgeted")
+    mix.assign(["repair", "store"], ["math"])
+    mix.scores.update({"math": 0.9})
+    mix.draw(10)
+    started = mix.shares()["math"]
+
+    def seen(*outcomes):
+        gaps = mix.observe({"math": outcomes}, 0.02)
+        return gaps.get("math"), mix.shares()["math"] / started
+
+    for outcomes in ([1, 1, 0, 1], [1, 1, 1, 1, 1, 1], [1, 0, 1, 1], [], [1, 1, 1, 0]):
+        assert seen(*outcomes) == (None, 1)
+    assert seen(0, 0, 0, 0, 0, 0) == (pytest.approx(0.9), pytest.approx(2))
+    assert sum(mix.shares().values()) == pytest.approx(1)
+    assert seen(0, 1) == (None, 2), "what led to one raise does not lead to the next"
+    assert seen(*[0] * 8)[1] == pytest.approx(0.5 / started), "at most max_share"
+    mix.scores.update({"math": 0.5})
+    mix.react(0.02)
+    assert seen(*[1] * 4)[1] == pytest.approx(0.5 / started)
+    assert seen(*[1] * 8) == (pytest.approx(-0.1), pytest.approx(2)), "back: twice of what had not been enough"
+    assert seen(*[1] * 8)[1] == pytest.approx(2)
+    assert mixture().observe({"math": [0] * 50}, 0.02) == {}
+
+
+def test_training_tasks_that_are_harder_than_held_out_ones_raise_no_alarm():
+    watch = Watch()
+    for _ in range(30):
+        watch.observe([1, 0, 1, 0])
+        assert watch.gap(base=0.95, tolerated_drop=0.02) in (None, (0, False))
+    watch.observe([0] * 12)
+    assert watch.gap(base=0.95, tolerated_drop=0.02) == (0.5, True)
+
+
+@given(rate=st.floats(0.2, 1.0), seed=st.integers(0, 2**32))
+def test_a_skill_that_is_kept_seldom_raises_an_alarm(rate, seed):
+    """One in a thousand for each stretch; a hundred steps have many, most of them nearly the same."""
+    rng, alarms = random.Random(seed), 0
+    for _ in range(20):
+        watch = Watch(first=(rate * 100, 100))
+        for _ in range(100):
+            watch.observe([float(rng.random() < rate) for _ in range(4)])
+            alarms += (watch.gap(rate, 0.02) or (0, False))[1]
+    assert alarms <= 0.01 * 20 * 100
+
+
+def test_a_mixture_goes_on_from_its_state_as_if_it_had_not_stopped():
+    def played(mix, outcomes):
+        for outcome in outcomes:
+            mix.draw(10)
+            mix.observe({"math": [outcome] * 3, "logic": [1.0] * 3}, 0.02)
+        return mix
+
+    first = mixture(policy="budgeted")
+    first.scores.update({"math": 0.9, "logic": 0.9}, {"math": 0.01, "logic": 0.02})
+    played(first, [1.0] * 5 + [0.0])
+    saved = MixtureState(**json.loads(json.dumps(asdict(first.state()))))
+    second = mixture(policy="budgeted")
+    second.restore(saved)
+    for mix in (first, second):
+        played(mix, [0.0, 0.0, 1.0])
+        mix.scores.update({"math": 0.7, "logic": 0.9}, {"math": 0.01, "logic": 0.02})
+        mix.react(0.02)
+    assert first.state() == second.state() and first.shares() == second.shares()
 
 
 def test_skills_of_other_stages_are_not_drawn_and_learned_ones_are_replayed():

@@ -68,8 +68,11 @@ class Plan:
         return self.planned(arm, self.comparison.seeds_of(arm)[0]).config.objective.preset
 
     def fingerprint(self, run: PlannedRun) -> str:
-        """Digest of what decides a run's figures: its config, and the weights or the run that its models come from."""
-        config = run.config.model_dump(mode="json", exclude={"run_dir", "tracking"})
+        """Digest of what decides a run's figures: its config, and the weights or the run that its models come from.
+
+        What is not set is left out: a later version's new options do not make the results of this one another's.
+        """
+        config = run.config.model_dump(mode="json", exclude={"run_dir", "tracking"}, exclude_none=True)
         if self.start is not None and run is not self.start:
             config["model"]["student"] = self.fingerprint(self.start)
         else:

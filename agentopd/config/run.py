@@ -225,15 +225,20 @@ class RunConfig(Section):
         for name, teacher in self.teachers.items():
             if not isinstance(teacher, TeacherConfig):
                 continue
-            moved = {"context": teacher.context != "student", "misread_share": teacher.misread_share > 0}
+            moved = {
+                "context": teacher.context != "student",
+                "misread_share": teacher.misread_share > 0,
+                "end_of_turn": teacher.end_of_turn is not None,
+            }
             for key in (key for key, is_moved in moved.items() if is_moved):
                 if not any(blocks.needs_teacher for blocks in stages):
                     raise ValueError(f"teachers.{name}.{key} changes what is scored, and this objective scores nothing")
-            if moved["misread_share"] and any(blocks.needs_teacher_rollouts for blocks in stages):
-                raise ValueError(
-                    f"teachers.{name}.misread_share does not reach the teacher's own rollouts, which this objective "
-                    "trains on: set source 'student' and anchor 'none'"
-                )
+            for key in ("misread_share", "end_of_turn"):
+                if moved[key] and any(blocks.needs_teacher_rollouts for blocks in stages):
+                    raise ValueError(
+                        f"teachers.{name}.{key} does not reach the teacher's own rollouts, which this objective "
+                        "trains on: set source 'student' and anchor 'none'"
+                    )
 
     def _rollouts_can_be_stored(self, blocks: Blocks) -> None:
         """Stored rollouts are made once: the tasks must be finite, and nothing may depend on the current student."""

@@ -25,6 +25,8 @@ class TeacherConfig(Section):
     misread_share: float = Field(0.0, ge=0, le=1)
     """For robustness studies: the share of tasks, chosen by their hashes, on which it is shown another task of the
     skill instead, so that it is confident and wrong."""
+    end_of_turn: str | None = None
+    """For robustness studies: the token that ends its turns, where that is another than the student's."""
     base: str | None = None
     """This teacher's model before its own training: what ``reference.policy = "teacher_base"`` reads."""
 

@@ -51,6 +51,12 @@ class SkillScore(Record):
     per_task: tuple[TaskScore, ...] = ()
 
     @property
+    def standard_error(self) -> float:
+        """Of ``avg_at_k``, over tasks; 0 below two tasks."""
+        means = np.array([task.mean for task in self.per_task])
+        return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
+
+    @property
     def task_means(self) -> dict[str, float]:
         """Mean outcome by task id."""
         return {task.task_id: task.mean for task in self.per_task}

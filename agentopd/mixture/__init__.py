@@ -4,7 +4,7 @@ from agentopd.mixture.coreset import choose_tasks
 from agentopd.mixture.decontamination import Decontaminator, Overlap
 from agentopd.mixture.embedding import load_embedder
 from agentopd.mixture.guard import Action, GuardState, guard_actions
-from agentopd.mixture.replay import ReplayScores, budgeted_shares, replay_weights
+from agentopd.mixture.replay import ReplayScores, replay_weights
 from agentopd.mixture.suite import CoresetStream, Drawn, Mixture, MixtureState, TaskStream
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Overlap",
     "ReplayScores",
     "TaskStream",
-    "budgeted_shares",
     "choose_tasks",
     "guard_actions",
     "load_embedder",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, count, islice
 from typing import Any
 
@@ -13,7 +14,8 @@ from agentopd.config.retention import ReplayConfig
 from agentopd.config.run import SkillConfig
 from agentopd.contracts import Environment
 from agentopd.errors import ConfigError
-from agentopd.mixture.replay import ReplayScores, budgeted_shares, replay_weights
+from agentopd.mixture.budget import Watch, evaluated_shares, watched_share, within_budget
+from agentopd.mixture.replay import ReplayScores, replay_weights
 from agentopd.mixture.unsolved import Unsolved
 from agentopd.types import Split, Task
 
@@ -149,10 +151,17 @@ class MixtureState:
     credits: dict[str, float] = field(default_factory=dict)
     base: dict[str, float] = field(default_factory=dict)
     current: dict[str, float] = field(default_factory=dict)
+    base_error: dict[str, float] = field(default_factory=dict)
+    current_error: dict[str, float] = field(default_factory=dict)
     share: float | None = None
     budgets: dict[str, float] = field(default_factory=dict)
+    watches: dict[str, dict[str, Any]] = field(default_factory=dict)
     replay_positions: dict[str, int] = field(default_factory=dict)
     unsolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def scores(self) -> ReplayScores:
+        """The old skills' scores of then."""
+        return ReplayScores(dict(self.base), dict(self.current), dict(self.base_error), dict(self.current_error))
 
 
 class Mixture:
@@ -183,6 +192,7 @@ class Mixture:
         self.share = replay.share
         """Total replay share; a guard may raise it. ``budgeted`` goes by ``budgets`` instead."""
         self.budgets: dict[str, float] = {}
+        self._watches: dict[str, Watch] = {}
         self._credits = {skill.name: 0.0 for skill in skills}
         self._unsolved = {skill.name: Unsolved(retry_share) for skill in skills if retry_share > 0}
 
@@ -199,10 +209,39 @@ class Mixture:
 
     def react(self, tolerated_drop: float) -> dict[str, float]:
         """Let the budgeted policy answer the latest scores; returns the shares it moved to (empty without it)."""
-        if self._replay.policy == "budgeted" and self._old:
-            self.budgets |= budgeted_shares(self._old_shares(), self._replay, self.scores, tolerated_drop)
-            return self._old_shares()
-        return {}
+        if not self.is_budgeted:
+            return {}
+        watches = {name: self._watch(name) for name in self._old}
+        self.budgets |= evaluated_shares(self._old_shares(), self._replay, self.scores, watches, tolerated_drop)
+        for name, watch in watches.items():
+            watch.evaluated(self.scores.loss(name))
+        return self._old_shares()
+
+    def observe(self, outcomes: Mapping[str, Sequence[float]], tolerated_drop: float) -> dict[str, float]:
+        """Let the budgeted policy see a step's replayed episodes, by skill.
+
+        Returns how far below its reference each skill is of which they say enough; its share may have moved.
+        """
+        if not self.is_budgeted:
+            return {}
+        gaps, shares = {}, self._old_shares()
+        for name in self._old:
+            watch = self._watch(name)
+            watch.observe(outcomes.get(name, ()))
+            found = watch.gap(self.scores.base.get(name), tolerated_drop)
+            if found is not None:
+                gaps[name], too_far = found
+                shares[name] = watched_share(shares[name], watch, too_far)
+        self.budgets |= within_budget(shares, self._replay)
+        return gaps
+
+    @property
+    def is_budgeted(self) -> bool:
+        """Whether old skills have shares of their own, which move with how they fare."""
+        return self._replay.policy == "budgeted" and bool(self._old)
+
+    def _watch(self, name: str) -> Watch:
+        return self._watches.setdefault(name, Watch())
 
     def _weight(self, skill: SkillConfig, temperature: float | None) -> float:
         if temperature is None:
@@ -239,10 +278,10 @@ class Mixture:
         return MixtureState(
             positions={name: stream.position for name, stream in self._streams.items()},
             credits=dict(self._credits),
-            base=dict(self.scores.base),
-            current=dict(self.scores.current),
+            **copy.deepcopy(vars(self.scores)),
             share=self.share,
             budgets=dict(self.budgets),
+            watches={name: asdict(watch) for name, watch in self._watches.items()},
             replay_positions={name: stream.position for name, stream in self.replay_streams.items()},
             unsolved={name: unsolved.state() for name, unsolved in self._unsolved.items()},
         )
@@ -256,12 +295,15 @@ class Mixture:
         for name, unsolved in state.unsolved.items():
             self._unsolved[name].restore(**unsolved)
         self._credits = dict(state.credits)
-        self.scores = ReplayScores(dict(state.base), dict(state.current))
+        self.scores = state.scores()
         self.share = self._replay.share if state.share is None else state.share
         self.budgets = dict(state.budgets)
+        self._watches = {name: Watch.restored(watch) for name, watch in state.watches.items()}
 
     def _take(self, name: str, num: int) -> list[Drawn]:
         is_old, unsolved = name in self._old, self._unsolved.get(name)
+        if is_old and num:
+            self._watch(name).replayed = True
         failed = unsolved.take(num) if unsolved and not is_old else []
         again = [Drawn(name, task, replay=False, again=True) for task in failed]
         return again + [Drawn(name, task, is_old) for task in self._stream(name).take(num - len(again))]
@@ -274,8 +316,6 @@ class Mixture:
             return dict.fromkeys(self._old, 0.0)
         if self._replay.policy == "budgeted":
             start = max(self._replay.min_share, self._replay.share / len(self._old))
-            shares = {name: self.budgets.get(name, start) for name in self._old}
-            excess = min(1.0, self._replay.max_share / sum(shares.values()))
-            return {name: share * excess for name, share in shares.items()}
+            return within_budget({name: self.budgets.get(name, start) for name in self._old}, self._replay)
         weights = replay_weights(self._old, self._replay, self.scores)
         return {name: self.share * weight for name, weight in weights.items()}

@@ -6,6 +6,7 @@ and only on the tokens the student sampled.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -92,6 +93,21 @@ class _Scored(NamedTuple):
     ids: IntArray
     topk: FloatArray
     hidden: FloatArray
+
+
+def with_outputs_swapped(model: Any, one: int, other: int) -> Any:
+    """The model with what it gives to two tokens exchanged: it says ``one`` wherever it would have said ``other``.
+
+    Shares everything but the output projection, which is a copy.
+    """
+    swapped = copy.copy(model)
+    swapped._modules = dict(model._modules)
+    head = copy.deepcopy(model.get_output_embeddings())
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter[[one, other]] = parameter[[other, one]]
+    swapped.set_output_embeddings(head)
+    return swapped
 
 
 def _score(

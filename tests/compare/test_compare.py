@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from agentopd.compare import comparison_table, everything, gather, make_plan, wo
 from agentopd.compare.export import latex, markdown
 from agentopd.compare.queue import finished
 from agentopd.config import dump_toml
+from agentopd.config.run import RunConfig
 from agentopd.console import make_console
 from agentopd.errors import ConfigError, UserError
 from agentopd.evaluation.metrics import EvalResult, score_skill
@@ -251,6 +253,17 @@ def test_a_sitting_with_some_arms_keeps_what_the_record_has_of_others(tmp_path, 
 def test_runs_of_another_config_are_not_taken_from_the_record(tmp_path, sitting):
     assert gather(make_plan(comparison(tmp_path, **RECORD, **{"w_conflict=0.5": "w_conflict=0.6"}))).finished == 2
     assert gather(make_plan(comparison(tmp_path, **RECORD, **{'"train.steps" = 2': '"train.steps" = 3'}))).finished == 0
+
+
+def test_an_option_of_a_later_version_leaves_the_record_valid_until_it_is_set(tmp_path):
+    class Later(RunConfig):
+        new_option: int | None = None
+
+    plan = make_plan(comparison(tmp_path))
+    run = plan.runs[0]
+    fields = {name: getattr(run.config, name) for name in RunConfig.model_fields}
+    unset, used = (replace(run, config=Later.model_construct(**fields, new_option=value)) for value in (None, 3))
+    assert plan.fingerprint(unset) == plan.fingerprint(run) != plan.fingerprint(used)
 
 
 def test_a_record_that_is_none_is_an_error(tmp_path):

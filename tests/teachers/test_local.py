@@ -9,7 +9,7 @@ from transformers import Qwen3ForCausalLM
 
 from agentopd.contracts import Teacher
 from agentopd.errors import TeacherError
-from agentopd.teachers.local import LocalTeacher
+from agentopd.teachers.local import LocalTeacher, with_outputs_swapped
 from agentopd.types import Turn
 from tests.tiny import episode, qwen3
 
@@ -42,6 +42,16 @@ def test_evidence_is_the_models_own_distribution_before_each_sampled_token(model
         np.testing.assert_array_equal(found.topk_ids, top.indices)
         np.testing.assert_allclose(found.topk_logprobs, top.values, atol=1e-5)
         assert (found.topk_ids.dtype, found.topk_logprobs.dtype) == (np.int64, np.float32)
+
+
+def test_outputs_of_two_tokens_are_swapped_and_the_model_is_left_alone(model):
+    one = episode(0)
+    before, _ = full_logprobs(model, one)
+    swapped, _ = full_logprobs(with_outputs_swapped(model, 3, 9), one)
+    order = torch.arange(VOCAB)
+    order[[3, 9]] = order[[9, 3]]
+    torch.testing.assert_close(swapped, before[:, order])
+    torch.testing.assert_close(full_logprobs(model, one)[0], before)
 
 
 def test_batching_changes_nothing_but_rounding(model):
