@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,16 +63,17 @@ def tasks(policy: Policy, sizes: Sequence[int]) -> float:
 
 
 def turns(policy: Policy, sizes: Sequence[int]) -> float:
-    """Sixteen new tokens and sixteen of an answer a turn, eight episodes at once."""
-    engine, params = HFEngine(policy.model), SamplingParams(max_tokens=16)
+    """32 new tokens a turn, the last of them sampled: any ends the turn. Eight episodes at once, none like another."""
+    engine, params = HFEngine(policy.model), SamplingParams(max_tokens=2, stop_ids=tuple(range(len(policy.tokenizer))))
 
     def play(size: int) -> None:
-        rows = [list(range(3, 19)) for _ in range(8)]
+        rows = [list(range(3 + row, 34 + row)) for row in range(8)]
         for turn in range(size):
-            asked = [GenerationRequest(tuple(row), params, turn, f"{index}") for index, row in enumerate(rows)]
-            made = engine.generate_now([replace(x, params=replace(params, stop_ids=tuple(range(500)))) for x in asked])
+            made = engine.generate_now(
+                [GenerationRequest(tuple(row), params, turn, f"{index}") for index, row in enumerate(rows)]
+            )
             for row, answer in zip(rows, made, strict=True):
-                row += [*answer.token_ids, *range(3, 3 + 32 - len(answer.token_ids))]
+                row += [*answer.token_ids, *range(3, 34)]
         engine.turns.clear()
 
     return exponent(sizes, lambda size: cpu_seconds(lambda: play(size)))

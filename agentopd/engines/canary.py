@@ -15,7 +15,7 @@ import torch
 from agentopd.contracts import Generation, GenerationRequest, SamplingParams
 from agentopd.errors import EngineError
 
-_PROMPTS, _SAMPLED = 4, 16
+_PROMPTS, _SAMPLED = 4, 8
 _TEMPERATURE = 0.8
 """Not 1, so that an engine shows that its log-probs are those of the distribution it samples from."""
 _LENGTH = 96
