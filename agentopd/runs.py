@@ -21,7 +21,7 @@ from agentopd.config.objective import Blocks
 from agentopd.config.teachers import TeacherConfig
 from agentopd.contracts import ScoredEpisode
 from agentopd.evaluate import evaluate_model, heldout_tasks, start_kl, summarise
-from agentopd.evaluation.metrics import EvalResult
+from agentopd.evaluation.metrics import EvalResult, SkillScore
 from agentopd.learner import runtime
 from agentopd.learner.deepspeed import DeepSpeedLearner
 from agentopd.mixture import (
@@ -238,13 +238,19 @@ class Run:
         if self.teachers.start is not None and self.directory is not None:
             kl = await start_kl(judged, self.teachers.start)
         result = summarise(judged, stage, config.k, step=self.step, seed=config.seed, kl=kl)
+        self.evals[stage] = result
         old = {name: score for name, score in result.tasks.items() if name in self.old_skills}
         scores = {name: score.avg_at_k for name, score in old.items() if score.avg_at_k is not None}
-        self.mixture.scores.update(scores, {name: old[name].standard_error for name in scores})
-        self.evals[stage] = result
+        self.mixture.scores.update(scores, {name: old[name].change_error(self._base_of(name)) for name in scores})
         if self.directory is not None:
             self.directory.save_eval(stage, result)
         return result
+
+    def _base_of(self, skill: str) -> SkillScore:
+        """The first evaluation of a skill as one to keep."""
+        made = sorted((item for item in self.evals.values() if item.step is not None), key=lambda item: item.step or 0)
+        found = (item.tasks.get(skill) for item in made if skill in self.config.old_at(item.step or 0))
+        return next(score for score in found if score is not None and score.avg_at_k is not None)
 
     async def evaluate_teacher(self) -> EvalResult | None:
         """Measure the teachers on the new skills they teach: what there is to learn. None without local teachers."""

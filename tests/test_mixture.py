@@ -102,17 +102,17 @@ def test_budgeted_replay_doubles_for_a_lost_skill_and_relaxes_for_a_kept_one():
     assert sum(evaluated_shares({"a": 0.39, "b": 0.3}, BUDGET, lost, watches, 0.02).values()) == pytest.approx(0.4)
 
 
-def test_a_share_goes_up_neither_by_chance_nor_while_the_skill_mends_nor_down_for_what_was_not_replayed():
-    scores = ReplayScores()
-    scores.update({"a": 0.9}, {"a": 0.03})
-    scores.update({"a": 0.84}, {"a": 0.04})
-    assert scores.noise("a") == pytest.approx(0.05)
-    assert evaluated_shares({"a": 0.1}, BUDGET, scores, replayed(a=0), 0.02) == {"a": 0.1}
-    scores.update({"a": 0.82}, {"a": 0.04})
-    assert evaluated_shares({"a": 0.1}, BUDGET, scores, replayed(a=0), 0.02) == {"a": 0.2}
-    assert evaluated_shares({"a": 0.1}, BUDGET, scores, replayed(a=0.3), 0.02) == {"a": 0.1}
-    scores.update({"a": 0.9}, {"a": 0.03})
-    assert evaluated_shares({"a": 0.1}, BUDGET, scores, {"a": Watch()}, 0.02) == {"a": 0.1}
+def test_a_share_goes_up_by_less_where_it_may_be_chance_and_not_while_the_skill_mends():
+    def moved(score, error, watch):
+        scores = ReplayScores()
+        scores.update({"a": 0.9})
+        scores.update({"a": score}, {"a": error})
+        return evaluated_shares({"a": 0.1}, BUDGET, scores, {"a": watch}, 0.02)["a"]
+
+    assert moved(0.84, 0.03, Watch(replayed=True)) == pytest.approx(0.2)
+    assert moved(0.84, 0.05, Watch(replayed=True)) == pytest.approx(0.14)
+    assert moved(0.84, 0.03, Watch(loss=0.07, replayed=True)) == 0.1
+    assert moved(0.9, 0.03, Watch()) == 0.1, "what was not replayed has not been shown to do with less"
 
 
 def test_a_loss_of_just_the_tolerance_is_within_it():
@@ -195,7 +195,7 @@ def test_a_mixture_goes_on_from_its_state_as_if_it_had_not_stopped():
         return mix
 
     first = mixture(policy="budgeted")
-    first.scores.update({"math": 0.9, "logic": 0.9}, {"math": 0.01, "logic": 0.02})
+    first.scores.update({"math": 0.9, "logic": 0.9})
     played(first, [1.0] * 5 + [0.0])
     saved = MixtureState(**json.loads(json.dumps(asdict(first.state()))))
     second = mixture(policy="budgeted")

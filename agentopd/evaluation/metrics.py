@@ -51,15 +51,15 @@ class SkillScore(Record):
     per_task: tuple[TaskScore, ...] = ()
 
     @property
-    def standard_error(self) -> float:
-        """Of ``avg_at_k``, over tasks; 0 below two tasks."""
-        means = np.array([task.mean for task in self.per_task])
-        return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
-
-    @property
     def task_means(self) -> dict[str, float]:
         """Mean outcome by task id."""
         return {task.task_id: task.mean for task in self.per_task}
+
+    def change_error(self, before: SkillScore) -> float:
+        """Standard error of the change of ``avg_at_k`` since ``before``, over the tasks of both; 0 below two tasks."""
+        known, now = before.task_means, self.task_means
+        changes = np.array([mean - known[task] for task, mean in now.items() if task in known])
+        return float(changes.std(ddof=1) / math.sqrt(len(changes))) if len(changes) > 1 else 0.0
 
 
 class EvalResult(VersionedRecord):

@@ -1,9 +1,9 @@
 """``budgeted``: of each old skill, the least share of the batch that keeps it.
 
 Two witnesses say how a skill fares. Evaluations are exact but rare: the share goes down while the skill is within its
-tolerance, and up where it is beyond it by more than chance and not already on the mend. The replayed episodes are few,
-but every step has some: where they succeed surely less often than they used to, the share doubles at once, step after
-step, until they succeed again; it then settles at twice of what had not been enough.
+tolerance, and up where it is beyond it and not already on the mend, by less where that may be chance. The replayed
+episodes are few, but every step has some: where they succeed surely less often than they used to, the share doubles at
+once, step after step, until they succeed again; it then settles at twice of what had not been enough.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from agentopd.config.retention import ReplayConfig
 from agentopd.mixture.replay import ReplayScores
 
-_RAISE, _RELAX = 2.0, 0.7
-"""Losing a skill costs more than replaying it a little too long: up fast, down slowly."""
+_RAISE, _NUDGE, _RELAX = 2.0, 1.4, 0.7
+"""Losing a skill costs more than replaying it a little too long: up fast, down slowly. A nudge undoes a relaxation."""
 _REFERENCE = 10
 """Replayed episodes that say how often the skill succeeds on its training tasks; these may be harder than held-out
 ones."""
@@ -103,8 +103,8 @@ def evaluated_shares(
             share = watched_share(share, watch, too_far=False)
         elif loss <= tolerated_drop:
             factor = _RELAX if watch.replayed else 1.0
-        elif loss - scores.noise(name) > tolerated_drop and loss >= watch.loss and watch.settled is None:
-            factor = _RAISE
+        elif loss >= watch.loss and watch.settled is None:
+            factor = _RAISE if loss - scores.errors.get(name, 0.0) > tolerated_drop else _NUDGE
         moved[name] = max(config.min_share, share * factor)
     return within_budget(moved, config)
 

@@ -7,7 +7,6 @@ retention evaluation. A skill that was lost is replayed more; one that was kept 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,25 +19,18 @@ class ReplayScores:
 
     base: dict[str, float] = field(default_factory=dict)
     current: dict[str, float] = field(default_factory=dict)
-    base_error: dict[str, float] = field(default_factory=dict)
-    current_error: dict[str, float] = field(default_factory=dict)
-    """Standard errors of the scores over the tasks."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Standard errors of the losses."""
 
     def update(self, scores: Mapping[str, float], errors: Mapping[str, float] | None = None) -> None:
-        """Take in an evaluation and its standard errors; the first one a skill appears in is its base."""
+        """Take in an evaluation, and how sure its losses are; the first one a skill appears in is its base."""
         for skill, score in scores.items():
-            error = (errors or {}).get(skill, 0.0)
             self.base.setdefault(skill, score)
-            self.base_error.setdefault(skill, error)
-            self.current[skill], self.current_error[skill] = score, error
+            self.current[skill], self.errors[skill] = score, (errors or {}).get(skill, 0.0)
 
     def loss(self, skill: str) -> float:
         """How far a skill is below its base; 0 for one without a score. Rounded: 0.92 - 0.90 is no more than 0.02."""
         return round(self.base.get(skill, 0.0) - self.current.get(skill, self.base.get(skill, 0.0)), 9)
-
-    def noise(self, skill: str) -> float:
-        """Standard error of the loss. Both evaluations are of the same tasks, so it is an upper bound."""
-        return math.hypot(self.base_error.get(skill, 0.0), self.current_error.get(skill, 0.0))
 
 
 def replay_weights(skills: Sequence[str], config: ReplayConfig, scores: ReplayScores) -> dict[str, float]:

@@ -151,8 +151,7 @@ class MixtureState:
     credits: dict[str, float] = field(default_factory=dict)
     base: dict[str, float] = field(default_factory=dict)
     current: dict[str, float] = field(default_factory=dict)
-    base_error: dict[str, float] = field(default_factory=dict)
-    current_error: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     share: float | None = None
     budgets: dict[str, float] = field(default_factory=dict)
     watches: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -161,7 +160,7 @@ class MixtureState:
 
     def scores(self) -> ReplayScores:
         """The old skills' scores of then."""
-        return ReplayScores(dict(self.base), dict(self.current), dict(self.base_error), dict(self.current_error))
+        return ReplayScores(dict(self.base), dict(self.current), dict(self.errors))
 
 
 class Mixture:

@@ -69,3 +69,12 @@ def test_json_shape_and_round_trip():
     shown = result.to_json()["tasks"]["math"]
     assert set(shown) == {"avg_at_k", "pass_at_k", "n", "ci95", "infra_errors"}
     assert all(math.isfinite(bound) for bound in shown["ci95"])
+
+
+def test_the_error_of_a_change_is_that_of_the_paired_differences():
+    """Of four tasks in both evaluations one was lost: differences 0, 0, 0, -1."""
+    before = score_skill({"a": [OK], "b": [WRONG], "c": [OK], "d": [OK], "e": [OK]}, k=1)
+    after = score_skill({"a": [OK], "b": [WRONG], "c": [OK], "d": [WRONG], "e": [FAULT]}, k=1)
+    assert after.change_error(before) == pytest.approx(0.5 / math.sqrt(4))
+    assert after.change_error(after) == 0.0
+    assert score_skill({"a": [OK]}, k=1).change_error(before) == 0.0
