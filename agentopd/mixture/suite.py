@@ -231,7 +231,8 @@ class Mixture:
             if found is not None:
                 gaps[name], too_far = found
                 shares[name] = watched_share(shares[name], watch, too_far)
-        self.budgets |= within_budget(shares, self._replay)
+        if gaps:
+            self.budgets |= within_budget(shares, self._replay)
         return gaps
 
     @property
