@@ -3,7 +3,7 @@
 Two witnesses say how a skill fares. Evaluations are exact but rare: the share goes down while the skill is within its
 tolerance, and up where it is beyond it and not already on the mend, by less where that may be chance. The replayed
 episodes are few, but every step has some: where they succeed surely less often than they used to, the share doubles at
-once, step after step, until they succeed again; it then settles at twice of what had not been enough.
+once, step after step, until they succeed again; it then settles a little above what had not been enough.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentopd.config.retention import ReplayConfig
+from agentopd.evaluation.statistics import wilson
 from agentopd.mixture.replay import ReplayScores
 
 _RAISE, _NUDGE, _RELAX = 2.0, 1.4, 0.7
 """Losing a skill costs more than replaying it a little too long: up fast, down slowly. A nudge undoes a relaxation."""
-_REFERENCE = 10
+_SURE = 2.0
+"""Standard errors beyond which a loss is no chance."""
+_REFERENCE = 20
 """Replayed episodes that say how often the skill succeeds on its training tasks; these may be harder than held-out
 ones."""
-_CHANCE = 1e-3
+_NEWEST = 10
+"""Replayed episodes that can say that a skill is back."""
+_CHANCE = 1 / 400
 """Largest probability of an alarm while the skill is within its tolerance, for one stretch of episodes."""
 
 Tally = tuple[float, int]
@@ -65,13 +70,13 @@ class Watch:
         """How far the newest episodes are below the reference, and whether that is too far (True) or within tolerance.
 
         None where too few say anything. Every stretch of steps up to the newest is tested: with success at least ``p``
-        (the reference, or ``base`` where that is lower, less the tolerance), a mean of ``x`` below it over n episodes
-        has at most the probability ``exp(-n kl(x, p))`` (Hoeffding 1963, theorem 1). Within tolerance is a mean of the
-        newest ten or more episodes no further below ``p`` than its standard error.
+        (the reference at the low end of its own uncertainty, or ``base`` where that is lower, less the tolerance), a
+        mean of ``x`` below it over n episodes has at most the probability ``exp(-n kl(x, p))`` (Hoeffding 1963,
+        theorem 1). Within tolerance is a mean of the newest ten or more no further below ``p`` than its standard error.
         """
         if self.first[1] < _REFERENCE:
             return None
-        usual = min(1.0 if base is None else base, self.first[0] / self.first[1])
+        usual = min(1.0 if base is None else base, wilson(*self.first, level=0.68)[0])
         kept = min(max(usual - tolerated_drop, 0.0), 0.99)
         seen, well = (0.0, 0), None
         for tally in reversed(self.steps):
@@ -79,7 +84,7 @@ class Watch:
             mean = seen[0] / seen[1]
             if mean < kept and seen[1] * _kl(mean, kept) > -math.log(_CHANCE):
                 return usual - mean, True
-            if well is None and seen[1] >= _REFERENCE:
+            if well is None and seen[1] >= _NEWEST:
                 well = mean if mean >= kept - math.sqrt(kept * (1 - kept) / seen[1]) else 0.0
         return (usual - well, False) if well else None
 
@@ -104,7 +109,8 @@ def evaluated_shares(
         elif loss <= tolerated_drop:
             factor = _RELAX if watch.replayed else 1.0
         elif loss >= watch.loss and watch.settled is None:
-            factor = _RAISE if loss - scores.errors.get(name, 0.0) > tolerated_drop else _NUDGE
+            sure = loss - _SURE * scores.errors.get(name, 0.0) > tolerated_drop
+            factor = _RAISE if sure else _NUDGE
         moved[name] = max(config.min_share, share * factor)
     return within_budget(moved, config)
 
@@ -115,7 +121,7 @@ def watched_share(share: float, watch: Watch, too_far: bool) -> float:
     Notes in ``watch`` where the share is to settle.
     """
     if too_far:
-        watch.settled = watch.settled or share * _RAISE
+        watch.settled = watch.settled or share * _NUDGE
         watch.steps.clear()
         return share * _RAISE
     settled, watch.settled = watch.settled, None
