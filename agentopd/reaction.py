@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from agentopd.evaluate import Judged
 from agentopd.learner import runtime
@@ -41,14 +42,16 @@ def watch(run: Run, own: Sequence[Judged]) -> None:
     tolerance, old = run.tolerated_drop, run.old_skills
     if tolerance is None or run.blocks.source.kind not in ("student", "mixed") or not run.mixture.is_budgeted:
         return
-    mine = [(episode.skill, verdict.outcome) for episode, verdict in own if episode.skill in old]
-    outcomes: dict[str, list[float]] = defaultdict(list)
+    mine = [(episode.skill, episode.task_hash, verdict.outcome) for episode, verdict in own if episode.skill in old]
+    outcomes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for part in runtime.gather_objects(mine):
-        for skill, outcome in part:
+        for skill, prompt, outcome in part:
             if outcome is not None:
-                outcomes[skill].append(outcome)
+                outcomes[skill][prompt].append(outcome)
+    # Rollouts of one prompt succeed and fail together: a prompt is one witness.
+    means = {skill: [fmean(found) for found in prompts.values()] for skill, prompts in outcomes.items()}
     before = run.mixture.shares()
-    _record_moves(run, run.step + 1, before, run.mixture.observe(outcomes, tolerance))
+    _record_moves(run, run.step + 1, before, run.mixture.observe(means, tolerance))
 
 
 def _record_moves(run: Run, step: int, before: Mapping[str, float], drops: Mapping[str, float]) -> None:

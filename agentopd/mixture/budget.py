@@ -2,7 +2,7 @@
 
 Two witnesses say how a skill fares. Evaluations are exact but rare: the share goes down while the skill is within its
 tolerance, and up where it is beyond it and not already on the mend, by less where that may be chance. The replayed
-episodes are few, but every step has some: where they succeed surely less often than they used to, the share doubles at
+prompts are few, but every step has some: where they succeed surely less often than they used to, the share doubles at
 once, step after step, until they succeed again; it then settles a little above what had not been enough.
 """
 
@@ -19,18 +19,16 @@ from agentopd.mixture.replay import ReplayScores
 
 _RAISE, _NUDGE, _RELAX = 2.0, 1.4, 0.7
 """Losing a skill costs more than replaying it a little too long: up fast, down slowly. A nudge undoes a relaxation."""
-_SURE = 2.0
-"""Standard errors beyond which a loss is no chance."""
-_REFERENCE = 20
-"""Replayed episodes that say how often the skill succeeds on its training tasks; these may be harder than held-out
+_REFERENCE = 10
+"""Replayed prompts that say how often the skill succeeds on its training tasks; these may be harder than held-out
 ones."""
-_NEWEST = 10
-"""Replayed episodes that can say that a skill is back."""
+_NEWEST = 5
+"""Replayed prompts that can say that a skill is back."""
 _CHANCE = 1 / 400
-"""Largest probability of an alarm while the skill is within its tolerance, for one stretch of episodes."""
+"""Largest probability of an alarm while the skill is within its tolerance, for one stretch of prompts."""
 
 Tally = tuple[float, int]
-"""Sum of outcomes in [0, 1], and of how many episodes."""
+"""Sum of mean outcomes in [0, 1], and of how many prompts."""
 
 
 @dataclass
@@ -42,9 +40,9 @@ class Watch:
     replayed: bool = False
     """Whether any of its prompts was drawn since."""
     first: Tally = (0.0, 0)
-    """Its first replayed episodes: the reference."""
+    """Its first replayed prompts: the reference."""
     steps: list[Tally] = field(default_factory=list)
-    """Its replayed episodes since the share last moved, step by step."""
+    """Its replayed prompts since the share last moved, step by step."""
     settled: float | None = None
     """Its share once it is back; None while it has not faded."""
 
@@ -55,11 +53,11 @@ class Watch:
         return cls(state["loss"], state["replayed"], first, steps, state["settled"])
 
     def evaluated(self, loss: float) -> None:
-        """Start a new stretch: an evaluation has said more than the episodes before it."""
+        """Start a new stretch: an evaluation has said more than the prompts before it."""
         self.loss, self.replayed, self.steps = loss, False, []
 
     def observe(self, outcomes: Sequence[float]) -> None:
-        """Take in the outcomes of one step's replayed episodes."""
+        """Take in the mean outcomes of one step's replayed prompts."""
         tally = (float(sum(outcomes)), len(outcomes))
         if self.first[1] < _REFERENCE:
             self.first = _plus(self.first, tally)
@@ -67,12 +65,12 @@ class Watch:
             self.steps.append(tally)
 
     def gap(self, base: float | None, tolerated_drop: float) -> tuple[float, bool] | None:
-        """How far the newest episodes are below the reference, and whether that is too far (True) or within tolerance.
+        """How far the newest prompts are below the reference, and whether that is too far (True) or within tolerance.
 
         None where too few say anything. Every stretch of steps up to the newest is tested: with success at least ``p``
         (the reference at the low end of its own uncertainty, or ``base`` where that is lower, less the tolerance), a
-        mean of ``x`` below it over n episodes has at most the probability ``exp(-n kl(x, p))`` (Hoeffding 1963,
-        theorem 1). Within tolerance is a mean of the newest ten or more no further below ``p`` than its standard error.
+        mean of ``x`` below it over n prompts has at most the probability ``exp(-n kl(x, p))`` (Hoeffding 1963,
+        theorem 1). Within tolerance is a mean of the newest few no further below ``p`` than its standard error.
         """
         if self.first[1] < _REFERENCE:
             return None
@@ -99,7 +97,7 @@ def evaluated_shares(
     """The shares of the next stretch, from those of the last one and what it did to each skill.
 
     ``watches`` know the evaluation before. What was not replayed has not been shown to do with less, and what has faded
-    is for its episodes to bring back. Every share stays at least ``min_share``, their sum at most ``max_share``.
+    is for its prompts to bring back. Every share stays at least ``min_share``, their sum at most ``max_share``.
     """
     moved = {}
     for name, share in shares.items():
@@ -109,14 +107,13 @@ def evaluated_shares(
         elif loss <= tolerated_drop:
             factor = _RELAX if watch.replayed else 1.0
         elif loss >= watch.loss and watch.settled is None:
-            sure = loss - _SURE * scores.errors.get(name, 0.0) > tolerated_drop
-            factor = _RAISE if sure else _NUDGE
+            factor = _RAISE if loss - scores.errors.get(name, 0.0) > tolerated_drop else _NUDGE
         moved[name] = max(config.min_share, share * factor)
     return within_budget(moved, config)
 
 
 def watched_share(share: float, watch: Watch, too_far: bool) -> float:
-    """The share from the next step on, after episodes that were ``too_far`` below the reference, or within tolerance.
+    """The share from the next step on, after prompts that were ``too_far`` below the reference, or within tolerance.
 
     Notes in ``watch`` where the share is to settle.
     """

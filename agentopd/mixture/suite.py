@@ -217,7 +217,7 @@ class Mixture:
         return self._old_shares()
 
     def observe(self, outcomes: Mapping[str, Sequence[float]], tolerated_drop: float) -> dict[str, float]:
-        """Let the budgeted policy see a step's replayed episodes, by skill.
+        """Let the budgeted policy see the mean outcomes of a step's replayed prompts, by skill.
 
         Returns how far below its reference each skill is of which they say enough; its share may have moved.
         """
