@@ -2,8 +2,9 @@
 
 Two witnesses say how a skill fares. Evaluations are exact but rare: the share goes down while the skill is within its
 tolerance, and up where it is beyond it and not already on the mend, by less where that may be chance. The replayed
-prompts are few, but every step has some: where they succeed surely less often than they used to, the share doubles at
-once, step after step, until they succeed again; it then settles a little above what had not been enough.
+prompts are few, but every step has some: where half of their success is surely gone, the share goes to its largest at
+once, for the longer a skill is lost the longer it takes to come back, and settles a little above what had not been
+enough as soon as they succeed again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentopd.config.retention import ReplayConfig
-from agentopd.evaluation.statistics import wilson
 from agentopd.mixture.replay import ReplayScores
 
 _RAISE, _NUDGE, _RELAX = 2.0, 1.4, 0.7
@@ -24,6 +24,8 @@ _REFERENCE = 10
 ones."""
 _NEWEST = 5
 """Replayed prompts that can say that a skill is back."""
+_FADED = 0.5
+"""Part of the usual success below which it is a matter of steps, not of evaluations."""
 _CHANCE = 1 / 400
 """Largest probability of an alarm while the skill is within its tolerance, for one stretch of prompts."""
 
@@ -68,19 +70,19 @@ class Watch:
         """How far the newest prompts are below the reference, and whether that is too far (True) or within tolerance.
 
         None where too few say anything. Every stretch of steps up to the newest is tested: with success at least ``p``
-        (the reference at the low end of its own uncertainty, or ``base`` where that is lower, less the tolerance), a
-        mean of ``x`` below it over n prompts has at most the probability ``exp(-n kl(x, p))`` (Hoeffding 1963,
-        theorem 1). Within tolerance is a mean of the newest few no further below ``p`` than its standard error.
+        (the reference, or ``base`` where that is lower, less the tolerance), a mean of ``x`` below it over n prompts
+        has at most the probability ``exp(-n kl(x, p))`` (Hoeffding 1963, theorem 1). Within tolerance is a mean of the
+        newest few no further below ``p`` than its standard error.
         """
         if self.first[1] < _REFERENCE:
             return None
-        usual = min(1.0 if base is None else base, wilson(*self.first, level=0.68)[0])
+        usual = min(1.0 if base is None else base, self.first[0] / self.first[1])
         kept = min(max(usual - tolerated_drop, 0.0), 0.99)
         seen, well = (0.0, 0), None
         for tally in reversed(self.steps):
             seen = _plus(seen, tally)
             mean = seen[0] / seen[1]
-            if mean < kept and seen[1] * _kl(mean, kept) > -math.log(_CHANCE):
+            if mean < min(kept, _FADED * usual) and seen[1] * _kl(mean, kept) > -math.log(_CHANCE):
                 return usual - mean, True
             if well is None and seen[1] >= _NEWEST:
                 well = mean if mean >= kept - math.sqrt(kept * (1 - kept) / seen[1]) else 0.0
@@ -103,7 +105,7 @@ def evaluated_shares(
     for name, share in shares.items():
         loss, watch, factor = scores.loss(name), watches[name], 1.0
         if loss <= tolerated_drop and watch.settled is not None:
-            share = watched_share(share, watch, too_far=False)
+            share = watched_share(share, watch, False, config.max_share)
         elif loss <= tolerated_drop:
             factor = _RELAX if watch.replayed else 1.0
         elif loss >= watch.loss and watch.settled is None:
@@ -112,7 +114,7 @@ def evaluated_shares(
     return within_budget(moved, config)
 
 
-def watched_share(share: float, watch: Watch, too_far: bool) -> float:
+def watched_share(share: float, watch: Watch, too_far: bool, max_share: float) -> float:
     """The share from the next step on, after prompts that were ``too_far`` below the reference, or within tolerance.
 
     Notes in ``watch`` where the share is to settle.
@@ -120,7 +122,7 @@ def watched_share(share: float, watch: Watch, too_far: bool) -> float:
     if too_far:
         watch.settled = watch.settled or share * _NUDGE
         watch.steps.clear()
-        return share * _RAISE
+        return max_share
     settled, watch.settled = watch.settled, None
     return share if settled is None else min(share, settled)
 

@@ -230,7 +230,7 @@ class Mixture:
             found = watch.gap(self.scores.base.get(name), tolerated_drop)
             if found is not None:
                 gaps[name], too_far = found
-                shares[name] = watched_share(shares[name], watch, too_far)
+                shares[name] = watched_share(shares[name], watch, too_far, self._replay.max_share)
         if gaps:
             self.budgets |= within_budget(shares, self._replay)
         return gaps
