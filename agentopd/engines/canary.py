@@ -15,10 +15,10 @@ import torch
 from agentopd.contracts import Generation, GenerationRequest, SamplingParams
 from agentopd.errors import EngineError
 
-_PROMPTS, _SAMPLED = 4, 8
+_PROMPTS, _SAMPLED = 4, 6
 _TEMPERATURE = 0.8
 """Not 1, so that an engine shows that its log-probs are those of the distribution it samples from."""
-_LENGTH = 96
+_LENGTH = 64
 """Long enough to fill blocks of a prefix cache: the same prompts at every sync would meet what it kept."""
 _BOUNDS = {torch.bfloat16: 0.05, torch.float32: 1e-4}
 """Rounding alone gives means of 0.002 to 0.02 in bfloat16 and below 1e-5 in float32."""
