@@ -196,10 +196,14 @@ def compare(path: Path, arms: str | None, seeds: int | None, jobs: int | None, o
 
     plan = make_plan(path, arms.split(",") if arms else (), seeds)
     console = make_console(out.plain or out.as_json, stderr=out.as_json)
-    failures = [] if out.results_only else work(plan, console, jobs)
+
+    def keep() -> None:
+        write_record(plan, everything(plan))
+
+    failures = [] if out.results_only else work(plan, console, jobs, after_each=keep)
     results = gather(plan)
     files = write_results(results, plan.out)
-    write_record(plan, everything(plan))
+    keep()
     if out.as_json:
         print(results.model_dump_json())
     else:

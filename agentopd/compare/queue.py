@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,16 +35,21 @@ class _Job:
     process: subprocess.Popen[bytes]
 
 
-def work(plan: Plan, console: Console, jobs: int | None = None) -> list[str]:
-    """Train what is not finished yet; returns one line on each run that failed. Raises ``UserError``."""
+def work(
+    plan: Plan, console: Console, jobs: int | None = None, after_each: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Train what is not finished yet; returns one line on each run that failed. Raises ``UserError``.
+
+    ``after_each`` is called whenever runs of an arm have ended: what is kept then outlives this process.
+    """
     for run in (*([plan.start] if plan.start else []), *plan.runs):
         _check_same_config(plan, run)
     at_once = jobs or plan.comparison.jobs or _default_jobs(plan)
     known, failures = recorded(plan), list[str]()
     missing = [run for run in plan.runs if (run.arm, run.seed) not in known]
     if missing and plan.start is not None and not finished(plan.start):
-        failures = _work(plan, [plan.start], console, 1)
-    return failures or _work(plan, missing, console, at_once)
+        failures = _work(plan, [plan.start], console, 1, lambda: None)
+    return failures or _work(plan, missing, console, at_once, after_each)
 
 
 def finished(run: PlannedRun) -> bool:
@@ -52,7 +57,9 @@ def finished(run: PlannedRun) -> bool:
     return (run.path / "eval/final.json").is_file() and (run.path / "model/config.json").is_file()
 
 
-def _work(plan: Plan, runs: Sequence[PlannedRun], console: Console, at_once: int) -> list[str]:
+def _work(
+    plan: Plan, runs: Sequence[PlannedRun], console: Console, at_once: int, after_each: Callable[[], None]
+) -> list[str]:
     waiting = [run for run in runs if not finished(run)]
     active: list[_Job] = []
     failures: list[str] = []
@@ -66,7 +73,10 @@ def _work(plan: Plan, runs: Sequence[PlannedRun], console: Console, at_once: int
                         break
                     active.append(job)
                 time.sleep(_POLL_S)
-                active = [job for job in active if not _ended(plan, job, advance, failures)]
+                running = [job for job in active if not _ended(plan, job, advance, failures)]
+                if len(running) < len(active):
+                    after_each()
+                active = running
                 done_elsewhere = [run for run in waiting if finished(run)]
                 for run in done_elsewhere:
                     waiting.remove(run)

@@ -266,6 +266,29 @@ def test_an_option_of_a_later_version_leaves_the_record_valid_until_it_is_set(tm
     assert plan.fingerprint(unset) == plan.fingerprint(run) != plan.fingerprint(used)
 
 
+def test_the_record_is_brought_up_to_date_after_every_run(tmp_path, monkeypatch):
+    """So that a machine that goes away takes the runs under way with it, not those that had ended."""
+
+    class Process:
+        def poll(self) -> int:
+            return 0
+
+    def at_once(plan, run, lock):
+        pretend(run, *FINAL[run.arm, run.seed])
+        return Process()
+
+    monkeypatch.setattr("agentopd.compare.queue._spawn", at_once)
+    plan, kept = make_plan(comparison(tmp_path, **RECORD), ["opd"]), []
+
+    def keep() -> None:
+        write_record(plan, everything(plan))
+        kept.append(gather(plan).finished)
+
+    assert work(plan, make_console(plain=True), jobs=1, after_each=keep) == []
+    assert kept == [1, 2, 3]
+    assert len(json.loads((tmp_path / "kept/demo.json").read_text())["arms"]["opd"]["seeds"]) == 3
+
+
 def test_a_record_that_is_none_is_an_error(tmp_path):
     path = comparison(tmp_path, **RECORD)
     (tmp_path / "kept").mkdir()
