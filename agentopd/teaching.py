@@ -178,11 +178,14 @@ class _Faculty:
         self._served: dict[str, ServedTeacher] = {}
 
     def identity(self, key: str) -> str:
-        """A teacher's weights, for caches and stores."""
+        """A teacher's weights, and what else decides its answers to the same tokens; for caches and stores."""
         chosen = self.config.teachers.get(key)
         if isinstance(chosen, ServedTeacherConfig):
             return self._served[key].model
-        return model_hash(chosen.model if isinstance(chosen, TeacherConfig) else self.config.model.student)
+        if not isinstance(chosen, TeacherConfig):
+            return model_hash(self.config.model.student)
+        ends = f", ends turns with {chosen.end_of_turn}" if chosen.end_of_turn else ""
+        return f"{model_hash(chosen.model)}{ends}"
 
     def start(self) -> Any:
         """The frozen starting student."""

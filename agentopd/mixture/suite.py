@@ -206,15 +206,14 @@ class Mixture:
         total = sum(self._weights[name] for name in self._new)
         return {name: left * self._weights[name] / total for name in self._new} | old
 
-    def react(self, tolerated_drop: float) -> dict[str, float]:
-        """Let the budgeted policy answer the latest scores; returns the shares it moved to (empty without it)."""
+    def react(self, tolerated_drop: float) -> None:
+        """Let the budgeted policy answer the latest scores."""
         if not self.is_budgeted:
-            return {}
+            return
         watches = {name: self._watch(name) for name in self._old}
         self.budgets |= evaluated_shares(self._old_shares(), self._replay, self.scores, watches, tolerated_drop)
         for name, watch in watches.items():
             watch.evaluated(self.scores.loss(name))
-        return self._old_shares()
 
     def observe(self, outcomes: Mapping[str, Sequence[float]], tolerated_drop: float) -> dict[str, float]:
         """Let the budgeted policy see the mean outcomes of a step's replayed prompts, by skill.
