@@ -29,7 +29,8 @@ class Collected:
 
     drawn: list[Drawn]
     shares: Mapping[str, float]
-    """Every skill's share of the loss."""
+    """Every skill's share of the prompts."""
+    loss_shares: Mapping[str, float]
     own: list[Judged]
     """The student's."""
     others: list[Judged]
@@ -69,7 +70,8 @@ class Rollouts:
 
     def _begin(self, step: int) -> asyncio.Task[Collected]:
         run = replace(self._run, step=step)
-        drawn, shares = run.mixture.draw(run.config.train.prompts_per_step), run.mixture.shares()
+        drawn = run.mixture.draw(run.config.train.prompts_per_step)
+        shares, loss_shares = run.mixture.shares(), run.mixture.loss_shares()
         before = self._ahead[-1][1] if self._ahead else None
 
         async def sampled() -> Collected:
@@ -79,7 +81,7 @@ class Rollouts:
             with clock.phase("rollout"):
                 own, others = await collect(run, mine)
                 beside = await collect_beside(run, mine, own)
-            return Collected(drawn, shares, own, others, beside, clock)
+            return Collected(drawn, shares, loss_shares, own, others, beside, clock)
 
         return asyncio.create_task(sampled())
 

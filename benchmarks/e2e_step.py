@@ -6,7 +6,10 @@ reverse KL over the whole vocabulary, backward pass and AdamW. TRL runs in a pro
 other works; rounds alternate, and each gives one ratio. ``topk_*`` is ours with the teacher's top 64 in the place of
 whole distributions.
 
-``vs_trl_vllm`` has TRL generate with vLLM, in its own process; null where that cannot run, with the reason printed.
+Both compute in the precision of ``dtype = "auto"``: bfloat16 where the hardware does, which is TRL's default everywhere
+(ours with float32 master weights, TRL's student under its autocast, both teachers bfloat16). ``*_fp32`` has everything
+in float32 on both sides. ``vs_trl_vllm`` has TRL generate with vLLM; null where that cannot run, with the reason
+printed.
 
 ``python -m benchmarks.e2e_step [--prompts 32] [--new 128] [--rounds 5]``
 """
@@ -39,7 +42,7 @@ from agentopd.contracts import Generation, GenerationRequest, SamplingParams, Sc
 from agentopd.engines import HFEngine
 from agentopd.learner.deepspeed import DeepSpeedLearner
 from agentopd.memory import keep_freed_memory
-from agentopd.models import load_model, load_tokenizer
+from agentopd.models import load_model, load_tokenizer, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
 from agentopd.teachers.local import LocalTeacher
 from agentopd.types import Episode, StopReason, Turn, Verdict, VerdictStatus
@@ -47,7 +50,7 @@ from agentopd_envs.code_repair import CodeRepairEnvironment
 from agentopd_envs.math import MathEnvironment
 from agentopd_envs.micro import math, repair, store
 from agentopd_envs.tool_use import ToolUseEnvironment
-from benchmarks.harness import ratio, report
+from benchmarks.harness import Ratio, ratio, report
 
 SKILLS = (
     (math.tasks, MathEnvironment),
@@ -125,15 +128,33 @@ def played(request: GenerationRequest, made: Generation) -> Episode:
     )
 
 
-def from_disk(model: str, teacher: str, prompts: Sequence[tuple[int, ...]], new: int, whole: bool) -> Ours:
+def from_disk(model: str, teacher: str, prompts: Sequence[tuple[int, ...]], new: int, dtype: str, whole: bool) -> Ours:
     """Ours with models and tokenizer of two directories."""
-    policy = build_policy(model, "float32", RolloutConfig())
+    policy = build_policy(model, dtype, RolloutConfig())
     params = SamplingParams(max_tokens=new, stop_ids=policy.renderer.end_of_turn_ids)
     speech = Speech(params, policy.classify(), policy.pad_id)
-    return Ours(policy.model, load_model(teacher, "float32"), prompts, speech, whole)
+    return Ours(policy.model, load_model(teacher, dtype), prompts, speech, whole)
 
 
-def trl_process(pipe: Connection, model: str, teacher: str, prompts: Sequence[str], size: int, settings: dict) -> None:  # type: ignore[type-arg]
+def push_through_files() -> None:
+    """Have TRL give vLLM its weights through files.
+
+    Its own way writes into parameters that vLLM's CPU backend has repacked, and ends with an error there.
+    """
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    def sync_weights(self: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self.llm.reset_prefix_cache()
+
+    VLLMGeneration.sync_weights = sync_weights
+
+
+def trl_process(
+    pipe: Connection, model: str, teacher: str, prompts: Sequence[str], size: int, dtype: str, settings: dict[str, Any]
+) -> None:
     """TRL's trainer: a step for every message on ``pipe``, answered by (CPU seconds, completion tokens)."""
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -141,6 +162,9 @@ def trl_process(pipe: Connection, model: str, teacher: str, prompts: Sequence[st
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
+
+    if settings["use_vllm"]:
+        push_through_files()
 
     class Turns(TrainerCallback):  # type: ignore[misc]
         started = 0.0
@@ -156,14 +180,18 @@ def trl_process(pipe: Connection, model: str, teacher: str, prompts: Sequence[st
 
     with tempfile.TemporaryDirectory() as folder:
         config = DistillationConfig(
-            folder, per_device_train_batch_size=size, max_steps=10_000, learning_rate=LR, beta=1.0, bf16=False,
-            gradient_checkpointing=False, logging_steps=10_000, save_strategy="no", report_to=[], use_cpu=True,
-            lr_scheduler_type="constant", disable_tqdm=True, shuffle_dataset=False, **settings,
+            folder, per_device_train_batch_size=size, max_steps=10_000, learning_rate=LR, beta=1.0, use_cpu=True,
+            bf16=dtype == "bfloat16", gradient_checkpointing=False, logging_steps=10_000, save_strategy="no",
+            report_to=[], lr_scheduler_type="constant", disable_tqdm=True, shuffle_dataset=False, **settings,
         )  # fmt: skip
         trainer = DistillationTrainer(
-            AutoModelForCausalLM.from_pretrained(model), AutoModelForCausalLM.from_pretrained(teacher), config,
-            Dataset.from_dict({"prompt": list(prompts)}), processing_class=load_tokenizer(model), callbacks=[Turns()],
-        )  # fmt: skip
+            AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+            AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype),
+            config,
+            Dataset.from_dict({"prompt": list(prompts)}),
+            processing_class=load_tokenizer(model),
+            callbacks=[Turns()],
+        )
         trainer.train()
 
 
@@ -251,31 +279,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     engine = next(iter(packages_distributions().get("vllm", ["vllm"])))
-    without = {"trl_hf": missing("trl"), "trl_vllm": missing("trl", engine)}
-    chosen = {name: reason for name, reason in without.items() if not reason}
-    peers: dict[str, TRL] = {}
+    dtypes = {"": settle_dtype("auto"), "_fp32": "float32"}
+    without = {"trl_hf": missing("trl"), "trl_hf_fp32": missing("trl"), "trl_vllm": missing("trl", engine)}
     with tempfile.TemporaryDirectory() as folder:
         student, teacher, ids, texts = prepared(Path(folder), options.prompts * (options.rounds + 1))
-        ours = {kind: from_disk(student, teacher, ids, options.new, kind == "whole") for kind in ("whole", "topk")}
+        ours: dict[str, Any] = {
+            f"{kind}{ending}": from_disk(student, teacher, ids, options.new, dtype, kind == "whole")
+            for ending, dtype in dtypes.items()
+            for kind in ("whole", "topk")
+        }
+        peers: dict[str, TRL] = {}
         try:
-            for name in chosen:
+            for name in (name for name, reason in without.items() if not reason):
                 settings = {"max_completion_length": options.new, "use_vllm": name == "trl_vllm"}
-                peers[name] = TRL(student, teacher, texts, options.prompts, settings)
+                dtype = dtypes["_fp32" if name.endswith("_fp32") else ""]
+                peers[name] = TRL(student, teacher, texts, options.prompts, dtype, settings)
             sides: dict[str, Step] = {name: side.step for name, side in {**ours, **peers}.items()}
             costs = rounds(sides, options.prompts, options.rounds)
         finally:
             for peer in peers.values():
                 peer.close()
-    without |= dict.fromkeys(chosen.keys() - costs.keys(), "its process ended with the error above")
-    ratios, nothing = {}, {}
+    without |= dict.fromkeys(peers.keys() - costs.keys(), "its process ended with the error above")
+    ratios: dict[str, Ratio] = {}
+    nothing: dict[str, Any] = {}
     for name, reason in without.items():
         if reason:
             print(f"{name}: skipped, {reason}")
             nothing[f"vs_{name}"] = None
             continue
-        ratios[f"vs_{name}"] = ratio(f"step vs {name}", costs["whole"], costs[name])
-        ratios[f"topk_vs_{name}"] = ratio(f"step with top {TOP_K} vs {name}", costs["topk"], costs[name])
+        ending = "_fp32" if name.endswith("_fp32") else ""
+        ratios[f"vs_{name}"] = ratio(f"step vs {name}", costs[f"whole{ending}"], costs[name])
+        ratios[f"topk_vs_{name}"] = ratio(f"step with top {TOP_K} vs {name}", costs[f"topk{ending}"], costs[name])
     medians = {f"tokens_per_cpu_s_{name}": round(1 / statistics.median(found), 1) for name, found in costs.items()}
+    print(f"dtype auto is {dtypes['']} here")
     report(ratios, **nothing, **medians)
 
 
