@@ -3,7 +3,7 @@
 All compute a loss and the gradients of hidden states and head, at random inputs: the reverse KL on the teacher's top-K
 ids with a bin for the rest, and against Liger the Jensen-Shannon divergence over the vocabulary, for which both sides
 also project the teacher. ``time_vs_*`` is ours over theirs, in CPU seconds of the same round; memory is the growth of a
-fresh process's peak from half of the positions to all; ``gradient_error_vs_gemm`` compares errors against fp64 at a
+fresh process's peak with every position more; ``gradient_error_vs_gemm`` compares errors against fp64 at a
 size that allows it. Bare GEMMs are in the dtype asked for, which a CPU may emulate: the head then does better.
 
 ``python -m benchmarks.loss_head [--positions N] [--width H] [--vocabulary V] [--dtype bfloat16] [--rounds 3]``
@@ -18,6 +18,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -155,16 +156,19 @@ def once(way: str, positions: int, width: int, vocabulary: int, dtype: str) -> N
 
 
 def memory_slope(options: argparse.Namespace) -> float:
-    """Growth of our peak with the number of positions, beyond one chunk, over the naive one's.
+    """Growth of our peak with every position more, beyond one chunk, over the naive one's.
 
-    Naive runs at a width of at most 64: its logits are as large, and are there sooner.
+    Naive runs at a width of at most 64: its logits are as large, and are there sooner. Ours, hardly growing, is fitted
+    over an eightfold range.
     """
     most, shape = max(options.positions, 2 * MIN_CHUNK), (options.vocabulary, options.dtype)
 
-    def growth(way: str, width: int) -> int:
-        return peak_kb(once, way, most, width, *shape) - peak_kb(once, way, most // 2, width, *shape)
+    def slope(way: str, width: int, sizes: Sequence[int]) -> float:
+        peaks = [peak_kb(once, way, size, width, *shape) for size in sizes]
+        return float(np.polyfit(sizes, peaks, 1)[0])
 
-    return growth("fused", options.width) / growth("naive", min(options.width, 64))
+    ours = slope("fused", options.width, [most // 2, most, 2 * most, 4 * most])
+    return ours / slope("naive", min(options.width, 64), [most // 2, most])
 
 
 def installed(package: str) -> bool:
