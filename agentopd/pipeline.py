@@ -29,8 +29,7 @@ class Collected:
 
     drawn: list[Drawn]
     shares: Mapping[str, float]
-    """Every skill's share of the prompts."""
-    loss_shares: Mapping[str, float]
+    """Every skill's share of the loss."""
     own: list[Judged]
     """The student's."""
     others: list[Judged]
@@ -70,8 +69,7 @@ class Rollouts:
 
     def _begin(self, step: int) -> asyncio.Task[Collected]:
         run = replace(self._run, step=step)
-        drawn = run.mixture.draw(run.config.train.prompts_per_step)
-        shares, loss_shares = run.mixture.shares(), run.mixture.loss_shares()
+        drawn, shares = run.mixture.draw(run.config.train.prompts_per_step), run.mixture.shares()
         before = self._ahead[-1][1] if self._ahead else None
 
         async def sampled() -> Collected:
@@ -81,7 +79,7 @@ class Rollouts:
             with clock.phase("rollout"):
                 own, others = await collect(run, mine)
                 beside = await collect_beside(run, mine, own)
-            return Collected(drawn, shares, loss_shares, own, others, beside, clock)
+            return Collected(drawn, shares, own, others, beside, clock)
 
         return asyncio.create_task(sampled())
 

@@ -89,7 +89,7 @@ def _told_to_stop() -> Iterator[threading.Event]:
 
 async def train_step(run: Run, collected: Collected) -> Seen:
     """Judge against one another, score, update, log. Returns what there is to see of the step."""
-    clock, blocks, tasks = collected.clock, run.blocks, collected.tasks
+    clock, blocks, shares, tasks = collected.clock, run.blocks, collected.shares, collected.tasks
     judged = [*collected.own, *collected.others]
     verdicts = run.judge.compare(judged, tasks)
     judged = [(episode, verdict) for (episode, _), verdict in zip(judged, verdicts, strict=True)]
@@ -105,13 +105,11 @@ async def train_step(run: Run, collected: Collected) -> Seen:
     shown = [replace(item, verdict=verdict) for item, (_, verdict) in zip(scored, judged, strict=True)]
     with clock.phase("learner"):
         both = [*scored, *anchors]
-        batch = build_batch(
-            both, blocks, collected.loss_shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce
-        )
+        batch = build_batch(both, blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
         kept = inspect(run, blocks, shown, batch, {task.id: task for task in tasks.values()})
     acting = collected.others if blocks.source.kind in ("gold", "teacher") else collected.own
     again = {item.task.hash for item in collected.drawn if item.again}
-    replayed = {f"replay/share/{name}": collected.shares[name] for name in sorted(run.old_skills)}
+    replayed = {f"replay/share/{name}": shares[name] for name in sorted(run.old_skills)}
     measured = step_metrics(acting, again) | cost_metrics(scored) | staleness_metrics(collected.own, run.step)
     learned = await apart(run, update(run, batch, clock))
     run.quarantine(both, batch)

@@ -77,8 +77,6 @@ def test_a_stage_can_bring_its_own_suite_and_teacher(tmp_path):
         (["replay.policy=coreset", "replay.share=0"], "share is 0"),
         (["replay.floor=0.2"], "policy 'forgetting'"),
         (["replay.min_share=0.1"], "policy 'budgeted'"),
-        (["replay.loss_share=0.2"], "loss_share 0.2 has no effect: replay.share is 0.25"),
-        (["replay.loss_share=0.2", "replay.share=0"], "loss_share 0.2 has no effect: replay.share is 0.0"),
         (["replay.coreset.size=9"], "policy 'coreset'"),
         (["replay.policy=coreset", "replay.coreset.size=500"], "pool of 256"),
         (["guard.raise_share=3"], "guard.enabled is false"),

@@ -85,23 +85,6 @@ def test_replay_weights_follow_the_formula():
     assert replay_weights(["a", "b"], ReplayConfig(), scores) == pytest.approx({"a": 0.5, "b": 0.5})
 
 
-@given(share=st.floats(0.01, 0.9), loss_share=st.floats(0.01, 0.99), lost=st.floats(0, 0.8), weight=st.floats(0.1, 10))
-def test_few_replayed_prompts_may_have_a_larger_share_of_the_loss(share, loss_share, lost, weight):
-    skills = [skill("math", "old"), skill("logic", "old"), skill("repair"), skill("store", weight=weight)]
-    streams = {item.name: TaskStream(source(item.name, None), item, seed=0) for item in skills}
-    least = loss_share if loss_share > share else None
-    mix = Mixture(streams, skills, ReplayConfig(share=share, policy="forgetting", loss_share=least))
-    mix.scores.update({"math": 0.9, "logic": 0.9})
-    mix.scores.update({"math": 0.9 - lost, "logic": 0.9})
-    prompts, loss = mix.shares(), mix.loss_shares()
-    assert sum(loss.values()) == pytest.approx(1)
-    assert loss["math"] + loss["logic"] == pytest.approx(max(share, loss_share) if least else share)
-    assert loss["math"] * prompts["logic"] == pytest.approx(loss["logic"] * prompts["math"])
-    assert loss["store"] == pytest.approx(weight * loss["repair"])
-    mix.share = 0.995
-    assert mix.loss_shares() == pytest.approx(mix.shares()), "many prompts need no more"
-
-
 BUDGET = ReplayConfig(policy="budgeted", share=0.2, min_share=0.05, max_share=0.4)
 
 

@@ -60,8 +60,6 @@ class ReplayConfig(Section):
     """``fixed``: equal shares. ``forgetting``: skill j by ``max(floor, base_j - current_j) + floor`` of the latest
     evaluation. ``budgeted``: the least share of each skill that keeps it within the suite's tolerated drop.
     ``coreset``: equal shares of tasks chosen by embeddings."""
-    loss_share: float | None = Field(None, gt=0, lt=1)
-    """Share of the loss that old skills have together while their share of the prompts is smaller; None: the same."""
     floor: float = Field(0.1, gt=0)
     """Of ``forgetting``: no skill is dropped."""
     min_share: float = Field(0.02, gt=0, lt=1)
@@ -78,11 +76,6 @@ class ReplayConfig(Section):
                 raise ValueError(f"replay.{key} is of policy {policy!r}, and the policy is {self.policy!r}")
         if self.share == 0 and self.policy != "fixed":
             raise ValueError(f"replay.policy {self.policy!r} has nothing to share out: replay.share is 0")
-        if self.loss_share is not None and not 0 < self.share < self.loss_share:
-            raise ValueError(
-                f"replay.loss_share {self.loss_share} has no effect: replay.share is {self.share}, and must be between "
-                "0 and it"
-            )
         if self.policy == "budgeted" and not self.min_share <= self.share <= self.max_share:
             raise ValueError(f"replay.share {self.share} is outside [{self.min_share}, {self.max_share}]")
         return self

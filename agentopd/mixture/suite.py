@@ -206,17 +206,6 @@ class Mixture:
         total = sum(self._weights[name] for name in self._new)
         return {name: left * self._weights[name] / total for name in self._new} | old
 
-    def loss_shares(self) -> dict[str, float]:
-        """Share of the loss of each skill; sums to 1. That of its prompts, unless few old ones count for more."""
-        shares, least = self.shares(), self._replay.loss_share
-        old = sum(shares[name] for name in self._old)
-        if least is None or not 0 < old < least:
-            return shares
-        return {
-            name: share * (least / old if name in self._old else (1 - least) / (1 - old))
-            for name, share in shares.items()
-        }
-
     def react(self, tolerated_drop: float) -> None:
         """Let the budgeted policy answer the latest scores."""
         if not self.is_budgeted:

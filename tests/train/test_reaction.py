@@ -29,15 +29,3 @@ def test_a_skill_that_a_step_destroys_is_replayed_more_in_the_next(quickstart, s
     (event,) = read_jsonl(Path(config.run_dir) / "events.jsonl")
     assert (event["step"], event["action"], event["skill"]) == (2, "replay_shares", "math")
     assert (event["before"], event["after"]) == (0.5, 0.8) and event["drop"] > 0.4
-
-
-def test_few_replayed_prompts_may_count_for_more(quickstart, small, tmp_path):
-    """The same episodes, another loss."""
-    rows = {}
-    for given in ((), ("replay.loss_share=0.9",)):
-        config = load_run_config(quickstart, small("train.steps=1", f"run_dir={tmp_path / str(len(given))}", *given))
-        asyncio.run(train(Run.start(config), make_console(plain=True)))
-        (rows[given],) = read_jsonl(Path(config.run_dir) / "metrics.jsonl")
-    usual, loud = rows.values()
-    assert all(usual[key] == loud[key] for key in ("replay/share/math", "math/success", "math/tokens", "store/tokens"))
-    assert usual["loss/total"] != pytest.approx(loud["loss/total"], rel=1e-3)
