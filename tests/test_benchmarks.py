@@ -49,6 +49,10 @@ def test_it_ends_with_its_figures(name, capsys):
         figures = figures_of(name, SMALL[name], capsys)
     except SandboxError as error:
         pytest.skip(f"no sandbox here: {error}")
+    except SystemExit as left:
+        if not isinstance(left.code, str):
+            raise
+        pytest.skip(left.code)
     assert KEYS[name] <= figures.keys()
     assert all(isinstance(figures[key], int | float) for key in KEYS[name])
 
