@@ -1,10 +1,11 @@
 """How cost grows: CPU seconds against size, and the exponent of the power that fits best.
 
 ``tasks``: the tensor record and the metrics of a step, by the number of prompts in it. ``turns``: an episode in the
-in-process engine, by its number of turns of equal length. ``positions``: the fused head's loss and gradients, by the
-number of trained tokens. ``length``: the learner's forward and backward pass over as many tokens in longer rows.
-``workers``: the CPU time of as many programs in the jail, by how many run at once. An exponent of 1 is linear work; of
-``length`` and ``workers``, whose work is the same throughout, 0.
+in-process engine, by its number of turns of equal length; attention reads all turns before, so this is not linear work.
+``positions``: the fused head's loss and gradients, by the number of trained tokens, beyond one chunk of logits.
+``length``: the learner's forward and backward pass over as many tokens in longer rows. ``workers``: the CPU time of as
+many programs in the jail, by how many run at once. An exponent of 1 is linear work; of ``length`` and ``workers``,
+whose work is the same throughout, 0.
 
 ``python -m benchmarks.growth [--scale 1.0]``
 """
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures = {
         "tasks": tasks(policy, scaled(16, 64, 256)),
         "turns": turns(policy, scaled(2, 4, 8, 12)),
-        "positions": positions(scaled(1024, 2048, 4096)),
+        "positions": positions(scaled(2048, 4096, 8192)),
         "length": length(policy, (64, 128, 256, 512), max(512, round(scale * 4096))),
         "workers": asyncio.run(workers((1, 2, 4), max(2, round(scale * 24)))),
     }
