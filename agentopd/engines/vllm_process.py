@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import warnings
@@ -45,8 +46,16 @@ class BlockingLLM:
 
     def close(self) -> None:
         """Stop vLLM's process and the loop; idempotent."""
+        reader = getattr(self.llm, "output_handler", None)
+        if reader is not None and not self.loop.closed:
+            self.loop.wait(_cancelled(reader), self.timeout_s)  # it would log the end of the process as a failure
         self.llm.shutdown()
         self.loop.close()
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 def require_vllm() -> None:
