@@ -84,10 +84,11 @@ def envs_validate(what: What, into: Path | None, as_json: bool, plain: bool) -> 
     from agentopd.certify.certificate import store_certificate
 
     console = make_console(plain or as_json, stderr=as_json)
-    certificates, skipped = asyncio.run(_validate(_chosen(what), what.every))
-    for certificate in certificates:
+    proven, skipped = asyncio.run(_validate(_chosen(what), what.every))
+    certificates = [certificate for _, certificate in proven]
+    for skill, certificate in proven:
         if certificate.passed:
-            store_certificate(certificate, into)
+            store_certificate(certificate, into, skill.config.verifier)
         console.print(_findings(certificate))
     for line in skipped:
         console.print(f"skipped {line}", markup=False)
@@ -125,26 +126,27 @@ def _chosen(what: What) -> list[Skill]:
     return [skill_of(name, source) for name in names for source in getattr(environments.get(name), "sources", [None])]
 
 
-async def _validate(skills: list[Skill], lenient: bool) -> tuple[list[Certificate], list[str]]:
-    """Certificates, and what was skipped for want of its files; only ``lenient`` callers skip."""
+async def _validate(skills: list[Skill], lenient: bool) -> tuple[list[tuple[Skill, Certificate]], list[str]]:
+    """Skills with their certificates, and what was skipped for want of its files; only ``lenient`` callers skip."""
     from agentopd.build import build_sandbox
     from agentopd.certify import validate
     from agentopd.config.run import SandboxConfig
 
-    certificates, skipped = [], []
+    proven, skipped = [], []
     sandbox = build_sandbox(SandboxConfig())
     try:
         for skill in skills:
             try:
                 # One that needs libraries gets a sandbox of its own: the others are proven without them.
-                certificates.append(await validate(skill, None if getattr(skill.env, "libraries", ()) else sandbox))
+                own_sandbox = bool(getattr(skill.env, "libraries", ()))
+                proven.append((skill, await validate(skill, None if own_sandbox else sandbox)))
             except ConfigError as exc:
                 if not lenient:
                     raise
                 skipped.append(f"{skill.config.env}, source {skill.config.source}: {exc}")
     finally:
         await sandbox.aclose()
-    return certificates, skipped
+    return proven, skipped
 
 
 def _findings(certificate: Certificate) -> Table:

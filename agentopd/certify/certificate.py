@@ -94,10 +94,14 @@ def shipped_certificates() -> list[Certificate]:
     return [Certificate.model_validate_json(path.read_text()) for path in paths]
 
 
-def store_certificate(certificate: Certificate, folder: Path | None = None) -> Path:
-    """Keep a certificate in the cache, by key, or in a folder of one's own, by name. Raises ``UserError``."""
+def store_certificate(certificate: Certificate, folder: Path | None = None, verifier: str | None = None) -> Path:
+    """Keep a certificate in the cache, by key, or in a folder of one's own, by name. Raises ``UserError``.
+
+    ``verifier`` is the one that judges in the place of the environment's own.
+    """
     plain = "".join(letter if letter.isalnum() else "_" for letter in certificate.env)
-    name = certificate.key if folder is None else f"{plain}-{certificate.source}"
+    readable = "-".join(part for part in (plain, certificate.source, verifier) if part)
+    name = certificate.key if folder is None else readable
     path = (folder or cache_directory()) / f"{name}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

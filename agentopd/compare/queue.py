@@ -18,6 +18,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from agentopd.build import load_skills
+from agentopd.certify.certificate import how_to_validate, is_certified
 from agentopd.checkpoint import list_checkpoints
 from agentopd.compare.plan import Plan, PlannedRun
 from agentopd.compare.recorded import recorded
@@ -47,6 +49,7 @@ def work(
     at_once = jobs or plan.comparison.jobs or _default_jobs(plan)
     known, failures = recorded(plan), list[str]()
     missing = [run for run in plan.runs if (run.arm, run.seed) not in known]
+    _check_certified(missing)
     if missing and plan.start is not None and not finished(plan.start):
         failures = _work(plan, [plan.start], console, 1, lambda: None)
     return failures or _work(plan, missing, console, at_once, after_each)
@@ -154,6 +157,20 @@ def _log(plan: Plan, run: PlannedRun) -> Path:
 
 def _asked(plan: Plan, run: PlannedRun) -> Path:
     return plan.out / "configs" / f"{run.name}.toml"
+
+
+def _check_certified(runs: Sequence[PlannedRun]) -> None:
+    """Each run would refuse an uncertified environment by itself, but only after the others had been trained."""
+    seen = set[str]()
+    for run in runs:
+        for skill in load_skills(run.config.suite).values():
+            used = repr((skill.config.env, skill.config.source, skill.config.verifier, skill.config.limits))
+            if used not in seen and not is_certified(skill):
+                raise UserError(
+                    f"{run.name}: skill {skill.name!r}: environment {skill.config.env!r} is not certified as it is "
+                    f"used there; run `agentopd envs validate {how_to_validate(skill)}`"
+                )
+            seen.add(used)
 
 
 def _check_same_config(plan: Plan, run: PlannedRun) -> None:

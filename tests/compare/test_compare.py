@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from agentopd.build import load_skills
+from agentopd.certify.certificate import is_certified
 from agentopd.compare import comparison_table, everything, gather, make_plan, work, write_record, write_results
 from agentopd.compare.export import latex, markdown
 from agentopd.compare.queue import finished
@@ -151,6 +153,22 @@ def test_shipped_studies_resolve(path):
     plan = make_plan(path)
     assert len(plan.runs) >= 6
     assert (plan.start is None) == ("[start]" not in path.read_text())
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies_train_on_what_is_certified(path):
+    suites = {repr(run.config.suite): run.config.suite for run in make_plan(path, num_seeds=1).runs}
+    skills = [skill for suite in suites.values() for skill in load_skills(suite).values()]
+    assert [skill.config.env for skill in skills if not is_certified(skill)] == []
+
+
+def test_nothing_is_trained_while_an_arm_is_not_certified(tmp_path, monkeypatch):
+    monkeypatch.setenv("AGENTOPD_CACHE", str(tmp_path / "empty"))
+    shorter = '["objective.router.w_conflict=0.5", "suite.skills.repair.limits.max_turns=3"]'
+    plan = make_plan(comparison(tmp_path, **{'["objective.router.w_conflict=0.5"]': shorter}))
+    with pytest.raises(UserError, match=r"calibrated-seed-0: skill 'repair': .* run `agentopd envs validate --suite"):
+        work(plan, make_console(plain=True))
+    assert not plan.out.exists()
 
 
 def test_results_have_the_promised_shape(done):
