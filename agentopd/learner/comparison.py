@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agentopd.learner.head import LogSoftmax
 from agentopd.learner.products import vocabulary_blocks
-from agentopd.objective.divergences import Kernel
+from agentopd.objective.divergences import KernelWithSlope
 
 
 class Comparison(Protocol):
@@ -45,13 +45,13 @@ class Pointwise:
 
     rest_slope_c: Tensor | None = None
 
-    def __init__(self, logits_cV: Tensor, other_cV: Tensor, part_c: Tensor, kernel: Kernel) -> None:
+    def __init__(self, logits_cV: Tensor, other_cV: Tensor, part_c: Tensor, kernel: KernelWithSlope) -> None:
         width = min(logits_cV.shape[1], other_cV.shape[1])
         self._student, self._teacher = LogSoftmax(logits_cV[:, :width]), LogSoftmax(other_cV[:, :width])
         self._part_c, self._kernel, self._width = part_c, kernel, width
         self.divergence_c = self._slope_c = torch.zeros_like(self._student.log_total_c1[:, 0])
         for block in vocabulary_blocks(self._student.logits):
-            value, slope = self._value_and_slope(block)
+            value, slope = self._shares(block)
             self.divergence_c = self.divergence_c + torch.where(part_c, value.sum(-1), 0.0)
             self._slope_c = self._slope_c + slope.sum(-1)
 
@@ -59,17 +59,13 @@ class Pointwise:
         """As ``Comparison`` says."""
         shared = slice(block.start, min(block.stop, self._width))
         if shared.start < shared.stop:
-            _, slope = self._value_and_slope(shared)
+            _, slope = self._shares(shared)
             slope -= self._student.block(shared).exp_().mul_(self._slope_c[:, None])
             gradient[:, : slope.shape[1]] += slope * torch.where(self._part_c, scale_c, 0.0)[:, None]
 
-    def _value_and_slope(self, block: slice) -> tuple[Tensor, Tensor]:
+    def _shares(self, block: slice) -> tuple[Tensor, Tensor]:
         """Each id's share of the divergence, and its derivative by the student's log-prob."""
-        log_p, log_q = self._student.block(block).requires_grad_(), self._teacher.block(block)
-        with torch.enable_grad():
-            value = self._kernel(log_p, log_q)
-            (slope,) = torch.autograd.grad(value.sum(), log_p)
-        return value.detach(), slope
+        return self._kernel(self._student.block(block), self._teacher.block(block))
 
 
 class Merged:

@@ -31,7 +31,7 @@ from agentopd.learner import products
 from agentopd.learner.comparison import Comparison, Merged, Nowhere, Pointwise
 from agentopd.learner.head import Head, LogSoftmax, chunk_size, fine, head_logprobs
 from agentopd.learner.products import vocabulary_blocks
-from agentopd.objective.divergences import kernel
+from agentopd.objective.divergences import kernel, with_slope
 from agentopd.objective.gold import gold_divergence, rest_logprobs
 from agentopd.objective.streams import Batch
 
@@ -152,7 +152,7 @@ class FusedHead:
         hidden_cG = batch.teacher_hidden_NG[start:stop, : head.weight.shape[1]].to(head.weight.dtype)
         other_cV, compare = head.logits(hidden_cG), kernel(divergence)
         if not isinstance(alignment, GOLD):
-            return Pointwise(student.logits, other_cV, part_c, compare)
+            return Pointwise(student.logits, other_cV, part_c, with_slope(divergence))
         assert self._rest_N2 is not None
 
         def merged(ours: Tensor, theirs: Tensor) -> Tensor:

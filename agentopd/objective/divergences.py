@@ -26,6 +26,10 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 """Student's and teacher's log-probs of some ids to each id's share of the divergence, same shape, in nats."""
 
 
+KernelWithSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""The same, and how each share changes with the student's log-prob."""
+
+
 def teacher_margin(teacher_logprobs_N: Tensor, old_logprobs_N: Tensor) -> Tensor:
     """``delta = log p_T - log p_S`` (N,), detached; positive where the teacher likes the sampled token more."""
     return (teacher_logprobs_N - old_logprobs_N).detach()
@@ -57,6 +61,40 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
         return reverse_kl(log_p, log_q)
     log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
     return beta * forward_kl(log_m, log_q) + (1 - beta) * reverse_kl(log_p, log_m)
+
+
+def with_slope(divergence: Divergence) -> KernelWithSlope:
+    """The kernel of a divergence over whole distributions, and its slope, in closed form.
+
+    Both log-probs are overwritten. ``d/d log p``: reverse ``p (log p - log q) + p``, forward ``-q``, Jensen-Shannon
+    ``(1 - beta) p (log p - log m)``, for there the changes by way of the mixture cancel.
+    """
+    beta = divergence.beta if isinstance(divergence, JensenShannon) else None
+    if beta == 0 or isinstance(divergence, FullForwardKL):
+        return _forward_with_slope
+    if beta is None or beta == 1:
+        return _reverse_with_slope
+    return lambda log_p, log_q: _jensen_shannon_with_slope(log_p, log_q, beta)
+
+
+def _reverse_with_slope(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    p = log_p.exp()
+    value = log_p.sub_(log_q).mul_(p)
+    return value, p.add_(value)
+
+
+def _forward_with_slope(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    q = log_q.exp()
+    value = log_q.sub_(log_p).mul_(q)
+    return value, q.neg_()
+
+
+def _jensen_shannon_with_slope(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    p, q = log_p.exp().mul_(1 - beta), log_q.exp().mul_(beta)
+    # An id that both give no mass at all has a share of 0, not of 0 times infinity.
+    log_m = torch.add(p, q).clamp_min_(torch.finfo(p.dtype).tiny).log_()
+    slope = log_p.sub_(log_m).mul_(p)
+    return log_q.sub_(log_m).mul_(q).add_(slope), slope
 
 
 def kernel(divergence: Divergence) -> Kernel:

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from agentopd.objective.divergences import teacher_margin
+from agentopd.config.objective_blocks import FullForwardKL, FullReverseKL, JensenShannon
+from agentopd.objective.divergences import kernel, teacher_margin, with_slope
 from agentopd.objective.support import bucketed, log_tail, truncated
 
 
@@ -103,3 +104,30 @@ def test_bucket_is_bounded_by_the_full_divergence_and_shift_free(seed, k, shift)
 
 def test_log_tail_is_the_mass_left_out():
     assert log_tail(torch.tensor([[0.5, 0.3]]).log()).exp().item() == pytest.approx(0.2, abs=1e-6)
+
+
+WHOLE = [FullReverseKL(), FullForwardKL(), *(JensenShannon(beta=beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0))]
+
+
+@quick
+@given(
+    st.sampled_from(WHOLE),
+    st.lists(st.tuples(st.floats(-60, 0), st.floats(-60, 0)), min_size=1, max_size=6),
+)
+def test_slopes_in_closed_form_are_those_of_autograd(divergence, pairs):
+    log_p, log_q = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+    leaf = log_p.clone().requires_grad_()
+    expected = kernel(divergence)(leaf, log_q)
+    expected.sum().backward()
+    value, slope = with_slope(divergence)(log_p.clone(), log_q.clone())
+    assert_close(value, expected.detach(), atol=1e-12, rtol=1e-9)
+    assert_close(slope, leaf.grad, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("divergence", WHOLE)
+def test_an_id_without_mass_has_no_share(divergence):
+    """Log-probs whose exponential is zero in fp32, on either side and on both."""
+    log_p, log_q = torch.tensor([-200.0, -200.0, -1.0]), torch.tensor([-300.0, -1.0, -300.0])
+    value, slope = with_slope(divergence)(log_p, log_q)
+    assert torch.isfinite(value).all() and torch.isfinite(slope).all()
+    assert value[0] == 0 and slope[:2].abs().max() <= 0.4
