@@ -22,6 +22,8 @@ from agentopd.errors import ConfigError
 T = TypeVar("T")
 _LEARNERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """Variables of the learner's launcher, which vLLM would take for its own."""
+_GRACE_S = 5.0
+"""The reader of vLLM's results has this long to end, before its process is ended all the same."""
 _CPU_BATCH = 4096
 """Tokens computed at once on a CPU."""
 _CPU_BLOCK = 32
@@ -48,14 +50,14 @@ class BlockingLLM:
         """Stop vLLM's process and the loop; idempotent."""
         reader = getattr(self.llm, "output_handler", None)
         if reader is not None and not self.loop.closed:
-            self.loop.wait(_cancelled(reader), self.timeout_s)  # it would log the end of the process as a failure
+            self.loop.wait(_cancelled(reader), 2 * _GRACE_S)  # it would log the end of the process as a failure
         self.llm.shutdown()
         self.loop.close()
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
-    await asyncio.wait([task])
+    await asyncio.wait([task], timeout=_GRACE_S)
 
 
 def require_vllm() -> None:

@@ -150,10 +150,11 @@ class FusedHead:
         if head is None:
             raise ConfigError(f"teacher {name!r} is not in this process: whole distributions cannot be compared")
         hidden_cG = batch.teacher_hidden_NG[start:stop, : head.weight.shape[1]].to(head.weight.dtype)
-        other_cV, compare = head.logits(hidden_cG), kernel(divergence)
+        other_cV = head.logits(hidden_cG)
         if not isinstance(alignment, GOLD):
             return Pointwise(student.logits, other_cV, part_c, with_slope(divergence))
         assert self._rest_N2 is not None
+        compare = kernel(divergence)
 
         def merged(ours: Tensor, theirs: Tensor) -> Tensor:
             return gold_divergence(ours, theirs, head.student_ids, compare, alignment.matched_weight)

@@ -25,7 +25,6 @@ from agentopd.config.objective_blocks import (
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """Student's and teacher's log-probs of some ids to each id's share of the divergence, same shape, in nats."""
 
-
 KernelWithSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """The same, and how each share changes with the student's log-prob."""
 
