@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from agentopd.config.load import resolve_objective
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.learner.fused_head import FusedHead, HeadStreams
 from agentopd.learner.head import MIN_CHUNK, Head
+from agentopd.learner.passes import compiles
 from agentopd.learner.products import emulated
 from agentopd.memory import keep_freed_memory
 from agentopd.objective.support import bucketed
@@ -57,6 +59,11 @@ class Case:
         """Of the hidden states and the head."""
         hidden, weight = torch.autograd.grad(loss, [self.hidden, self.weight])
         return hidden, weight
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """All of the student's."""
+        return linear(self.hidden, self.weight)
 
     def fused(self) -> tuple[Tensor, Tensor]:
         """Ours, on the top-K."""
@@ -193,8 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ways = ["naive", "gemm", *(way for way, package in PEERS.items() if installed(package))]
     used = ["fused", *ways, *(["fused_whole"] if "liger" in ways else [])]
     shape = options.width, options.vocabulary, getattr(torch, options.dtype)
-    small, case = Case(min(options.positions, 16), *shape), Case(options.positions, *shape)
+    # Large enough for the passes over the vocabulary to be compiled now: once on a machine, loaded from disk later.
+    small, case = Case(min(options.positions, 128), *shape), Case(options.positions, *shape)
+    began = perf_counter()
     in_turn({way: getattr(small, way) for way in used}, 1)
+    print(f"warmed up in {perf_counter() - began:.1f} s; passes are compiled: {compiles(small.logits())}")
     seconds = in_turn({way: getattr(case, way) for way in used}, options.rounds)
     faster = {
         way: ratio(f"fused head vs {NAMES[way]}", seconds["fused_whole" if way == "liger" else "fused"], seconds[way])

@@ -8,8 +8,8 @@ the gradient on the logits,
 
 with k' the slope of the divergence's kernel and q the student within the ids that are compared. It is written over
 the logits, and two matrix products later the chunk is gone. A group that does not fit a chunk (one long row) computes
-its logits twice. Softmax arithmetic is in fp32 over blocks of the vocabulary that stay in a CPU's cache, and the head's
-gradient is summed in fp32. Works on any device; source of the idea: Liger kernel (arXiv 2410.10989).
+its logits twice. Softmax arithmetic is in fp32 (``passes``), and the head's gradient is summed in fp32. Works on any
+device; source of the idea: Liger kernel (arXiv 2410.10989).
 
 N positions, c positions of a chunk, H and G hidden widths of student and teacher, I ids read at each position, V
 vocabulary.
@@ -27,10 +27,10 @@ from agentopd.config.objective import Blocks
 from agentopd.config.objective_blocks import NoDivergence
 from agentopd.config.objective_data import GOLD
 from agentopd.errors import ConfigError
-from agentopd.learner import products
-from agentopd.learner.comparison import Comparison, Merged, Nowhere, Pointwise
-from agentopd.learner.head import Head, LogSoftmax, chunk_size, fine, head_logprobs
-from agentopd.learner.products import vocabulary_blocks
+from agentopd.learner import passes, products
+from agentopd.learner.comparison import Comparison, Merged, Nowhere, Pointwise, softmax
+from agentopd.learner.head import Head, LogSoftmax, chunk_size, head_logprobs
+from agentopd.learner.passes import Part, fine
 from agentopd.objective.divergences import kernel, with_slope
 from agentopd.objective.gold import gold_divergence, rest_logprobs
 from agentopd.objective.streams import Batch
@@ -152,7 +152,7 @@ class FusedHead:
         hidden_cG = batch.teacher_hidden_NG[start:stop, : head.weight.shape[1]].to(head.weight.dtype)
         other_cV = head.logits(hidden_cG)
         if not isinstance(alignment, GOLD):
-            return Pointwise(student.logits, other_cV, part_c, with_slope(divergence))
+            return Pointwise(student, other_cV, part_c, with_slope(divergence))
         assert self._rest_N2 is not None
         compare = kernel(divergence)
 
@@ -189,7 +189,7 @@ class _Gradients:
     def __init__(self, hidden_NH: Tensor, head: Head, needed: Sequence[bool]) -> None:
         self._weight = head.weight
         self.hidden_NH = torch.empty_like(hidden_NH)
-        self.weight_VH = torch.zeros_like(head.weight, dtype=fine(head.weight)) if needed[1] else None
+        self.weight_VH = torch.empty_like(head.weight, dtype=fine(head.weight)) if needed[1] else None
         self.bias_V = torch.zeros_like(head.bias, dtype=fine(head.weight)) if head.bias is not None else None
 
     def add(self, start: int, hidden_cH: Tensor, slope_cV: Tensor) -> None:
@@ -198,7 +198,7 @@ class _Gradients:
         if self.bias_V is not None:
             self.bias_V += slope_cV.sum(0, dtype=self.bias_V.dtype)
         if self.weight_VH is not None:
-            products.add_to_weight(self.weight_VH, slope_cV, hidden_cH)
+            products.add_to_weight(self.weight_VH, slope_cV, hidden_cH, first=start == 0)
 
 
 class _Fused(torch.autograd.Function):
@@ -217,8 +217,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, *rest = ctx.saved_tensors
-        scaled = [None if x is None else (x * slope).to(ctx.dtype) for x in rest]
-        return (hidden_NH * slope).to(hidden_NH.dtype), *scaled, None, None
+        scaled = [None if x is None else products.scaled(x, slope, ctx.dtype) for x in rest]
+        return products.scaled(hidden_NH, slope, hidden_NH.dtype), *scaled, None, None
 
 
 class _Chunk(NamedTuple):
@@ -241,17 +241,13 @@ class _Chunk(NamedTuple):
         target_c, topk_cK, divergence_c = slopes
         assert target_c is not None and topk_cK is not None
         slope_cI = torch.cat([target_c[:, None], topk_cK], dim=1)
-        logits_cV, taken_c1 = self.student.logits, -slope_cI.sum(-1, keepdim=True)
-        for block in vocabulary_blocks(logits_cV):
-            gradient = self.student.block(block).exp_().mul_(taken_c1)
-            # before the cast: where p is near 1 the two parts nearly cancel
-            inside_cI = (self.ids_cI >= block.start) & (self.ids_cI < block.stop)
-            local_cI = torch.where(inside_cI, self.ids_cI - block.start, 0)
-            gradient.scatter_add_(1, local_cI, torch.where(inside_cI, slope_cI, 0.0))
-            if self.comparison is not None and divergence_c is not None:
-                self.comparison.add_gradient(gradient, block, divergence_c)
-            logits_cV[:, block] = gradient
-        return logits_cV
+        taken_c = -slope_cI.sum(-1)
+        if self.comparison is None or divergence_c is None:
+            parts: Sequence[Part] = [softmax(self.student, taken_c)]
+        else:
+            parts = self.comparison.gradient(taken_c, divergence_c)
+        passes.overwrite(self.student.logits, parts, self.ids_cI, slope_cI)
+        return self.student.logits
 
 
 def _cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from agentopd.errors import ConfigError
-from agentopd.learner import products
-from agentopd.learner.products import vocabulary_blocks
+from agentopd.learner import passes, products
 
 CHUNK_LOGITS = 2**24
 """Logits in one chunk: 64 MiB in fp32."""
@@ -37,36 +36,29 @@ class Head(NamedTuple):
 
 
 class LogSoftmax:
-    """Log-probs of ``logits`` (c, V) in fp32 or finer, without holding them: by id, or by block of ids."""
+    """Log-probs of ``logits`` (c, V) in fp32 or finer, without holding them: by id, or as part of a pass."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
-        parts = [self._raw(block).logsumexp(-1) for block in vocabulary_blocks(logits)]
-        self.log_total_c1 = torch.stack(parts, -1).logsumexp(-1, keepdim=True)
+        self.log_total_c1 = passes.log_total(logits)
 
     def at(self, ids_cI: Tensor) -> Tensor:
         """Log-probs at some ids (c, I)."""
         return self.logits.gather(1, ids_cI).to(self.log_total_c1.dtype) - self.log_total_c1
 
-    def block(self, block: slice) -> Tensor:
-        """Log-probs of a block of ids, in memory of their own."""
-        return self._raw(block) - self.log_total_c1
+    def everywhere(self) -> Tensor:
+        """All of them (c, V), in memory of their own."""
+        return self.logits.to(self.log_total_c1.dtype) - self.log_total_c1
 
     def entropy(self) -> Tensor:
         """In nats (c,)."""
-        total_c = torch.zeros_like(self.log_total_c1[:, 0])
-        for block in vocabulary_blocks(self.logits):
-            logprobs = self.block(block)
-            total_c -= (logprobs.exp() * logprobs).sum(-1)
+        (total_c,) = passes.summed(passes.Part(_entropy, (self.logits,), (self.log_total_c1,)))
         return total_c
 
-    def _raw(self, block: slice) -> Tensor:
-        return self.logits[:, block].to(fine(self.logits))
 
-
-def fine(x: Tensor) -> torch.dtype:
-    """The dtype of sums and softmax arithmetic: at least fp32."""
-    return torch.promote_types(x.dtype, torch.float32)
+def _entropy(logits: Tensor, log_total_c1: Tensor) -> tuple[Tensor]:
+    logprobs = logits - log_total_c1
+    return (-logprobs.exp() * logprobs,)
 
 
 def output_head(model: Any, vocab_size: int | None = None) -> Head:

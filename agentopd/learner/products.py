@@ -35,9 +35,11 @@ def emulated(x: Tensor) -> bool:
 
 def logits(hidden_cH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
     """Logits (c, V) in the head's dtype."""
-    if not emulated(weight_VH):
-        return torch.nn.functional.linear(hidden_cH, weight_VH, bias_V)
     found_cV = hidden_cH.new_empty(len(hidden_cH), len(weight_VH))
+    if not emulated(weight_VH):  # on a CPU a tenth faster than ``linear``, which makes its output itself
+        if bias_V is None:
+            return torch.mm(hidden_cH, weight_VH.t(), out=found_cV)
+        return torch.addmm(bias_V, hidden_cH, weight_VH.t(), out=found_cV)
     fine_cH = hidden_cH.float()
     for block in vocabulary_blocks(found_cV):
         bias_B = None if bias_V is None else bias_V[block].float()
@@ -56,16 +58,26 @@ def into_hidden(slope_cV: Tensor, weight_VH: Tensor, out_cH: Tensor) -> None:
     out_cH.copy_(total_cH)
 
 
-def add_to_weight(total_VH: Tensor, slope_cV: Tensor, hidden_cH: Tensor) -> None:
-    """Add the gradient of the head's weight to ``total_VH``, which is in fp32 or finer."""
+def add_to_weight(total_VH: Tensor, slope_cV: Tensor, hidden_cH: Tensor, first: bool = False) -> None:
+    """Add the gradient of the head's weight to ``total_VH``, in fp32 or finer; the ``first`` one overwrites."""
     in_fine = emulated(slope_cV)
     factor_cH = hidden_cH.float() if in_fine else hidden_cH
     for block in vocabulary_blocks(slope_cV):
         slope_Bc = (slope_cV[:, block].float() if in_fine else slope_cV[:, block]).t()
         if total_VH.dtype == factor_cH.dtype:
-            total_VH[block].addmm_(slope_Bc, factor_cH)
+            total_VH[block].addmm_(slope_Bc, factor_cH, beta=0 if first else 1)
+        elif first:
+            total_VH[block] = slope_Bc @ factor_cH
         else:
             total_VH[block] += slope_Bc @ factor_cH
+
+
+def scaled(x_VH: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x_VH`` times a scalar in another dtype, without a product of its size in its own."""
+    found_VH = torch.empty_like(x_VH, dtype=dtype)
+    for start in range(0, len(x_VH), BLOCK):
+        found_VH[start : start + BLOCK] = x_VH[start : start + BLOCK] * scale
+    return found_VH
 
 
 @cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -73,6 +74,12 @@ def with_slope(divergence: Divergence) -> KernelWithSlope:
         return _forward_with_slope
     if beta is None or beta == 1:
         return _reverse_with_slope
+    return _jensen_shannon_at(beta)
+
+
+@cache
+def _jensen_shannon_at(beta: float) -> KernelWithSlope:
+    """One function for each ``beta``, so that what is compiled for it is found again."""
     return lambda log_p, log_q: _jensen_shannon_with_slope(log_p, log_q, beta)
 
 

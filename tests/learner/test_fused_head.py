@@ -12,7 +12,7 @@ from agentopd.config.load import resolve_objective
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.errors import ConfigError
-from agentopd.learner import products
+from agentopd.learner import passes, products
 from agentopd.learner.fused_head import FusedHead, HeadStreams
 from agentopd.learner.head import Head
 from agentopd.objective.compose import compute_loss
@@ -30,6 +30,9 @@ def whole(kind, **masks):
     """An objective on whole distributions."""
     base = {"divergence": {"kind": kind}, "stabiliser": {"cap": None, "sequence_budget": None}}
     return ObjectiveConfig.model_validate({**base, "masks": masks})
+
+
+WHOLE = {"whole forward": whole("full_fkl"), "whole with entropy": whole("jsd", entropy_top_ratio=0.5)}
 
 
 def rows(seed=0, teachers=("x", "y"), k=K):
@@ -100,11 +103,24 @@ def plain_streams(hidden, head, batch, objective, teachers) -> HeadStreams:
 
 
 @pytest.mark.parametrize(("chunk", "block"), [(2, 7), (6, 4096), (1000, 7)])
-@pytest.mark.parametrize("name", [*PRESETS, "whole forward", "whole with entropy"])
+@pytest.mark.parametrize("name", [*PRESETS, *WHOLE])
 def test_every_preset_has_the_loss_and_gradients_of_plain_autograd(name, chunk, block, monkeypatch):
     monkeypatch.setattr(products, "BLOCK", block)
-    special = {"whole forward": whole("full_fkl"), "whole with entropy": whole("jsd", entropy_top_ratio=0.5)}
-    objective = special[name] if name in special else resolve_objective(name)
+    check_against_autograd(name, chunk)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not passes.can_compile("cpu"), reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["topk_opd", "gold_opd", *WHOLE])
+def test_compiled_passes_have_the_loss_and_gradients_of_plain_autograd(name, monkeypatch):
+    monkeypatch.setattr(passes, "COMPILED_IDS", 0)
+    monkeypatch.setattr(passes, "COMPILED_LOGITS", 0)
+    check_against_autograd(name, 6)
+    assert passes.can_compile("cpu")
+
+
+def check_against_autograd(name, chunk):
+    objective = WHOLE[name] if name in WHOLE else resolve_objective(name)
     batch, (hidden, head, teachers) = rows(), parameters(bias=chunk == 6)
     batch = replace(batch, teacher_scale_N=torch.where(batch.special_N, 0.0, batch.teacher_scale_N))
     known = {"old_logprobs_N": batch.rollout_logprobs_N, "phi_mean": torch.tensor(0.3), "progress": 0.1}
