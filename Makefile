@@ -91,6 +91,7 @@ micro: install  ## train the shipped micro checkpoints from nothing (about half 
 certificates: install  ## prove the shipped environments again, after a change to them (AGENTOPD_DATA: the benchmarks too)
 	$(BIN)/agentopd envs validate --all --into agentopd/assets/certificates
 	$(BIN)/agentopd envs validate --suite configs/suites/any_size.toml --into agentopd/assets/certificates
+	$(BIN)/agentopd envs validate --suite configs/suites/wordy.toml --into agentopd/assets/certificates
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(ADAPTERS_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

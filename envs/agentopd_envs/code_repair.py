@@ -31,6 +31,7 @@ class CodeRepairEnvironment(ToolEnvironment):
     verifier = "code"
     loaders: ClassVar[dict[str, TaskLoader]] = {
         "micro": micro.tasks,
+        "micro_wordy": micro.wordy_tasks,
         "quixbugs": quixbugs.tasks,
         "humanevalfix": humanevalfix.tasks,
     }

@@ -12,6 +12,7 @@ from agentopd_envs.code_repair import CodeRepairEnvironment
 from agentopd_envs.math import MathEnvironment
 from agentopd_envs.micro import math, repair, store
 from agentopd_envs.tool_use import ToolUseEnvironment
+from agentopd_verifiers.diff import patch_penalty
 
 WORLDS = [(MathEnvironment, math), (CodeRepairEnvironment, repair), (ToolUseEnvironment, store)]
 SPLITS = ("train", "eval", "retention")
@@ -83,6 +84,18 @@ def test_math_wording():
     story = r"(\w+) has \d+ (\w+)\. \1 (\w+) \d\. Then \1 (\w+) \d\. How many \2\?"
     assert all(re.fullmatch(story, text) for text in stories)
     assert len(stories) > 100 and len(sums) > 100
+
+
+def test_every_second_wordy_patch_passes_at_a_price(outcome, trusting_sandbox):
+    plain = list(repair.tasks("train", 8, 0))
+    for index, (task, other) in enumerate(zip(repair.wordy_tasks("train", 8, 0), plain, strict=True)):
+        assert task.model_copy(update={"privileged": other.privileged}) == other, "only gold differs"
+        assert repair.difficulty(task) == repair.difficulty(other)
+        assert repair.wrong_turns(task) == repair.wrong_turns(other)
+        turns = CodeRepairEnvironment.gold_turns(task)
+        assert outcome(CodeRepairEnvironment, task, turns, trusting_sandbox) == 1.0
+        price, patch = patch_penalty(task.public["program"], task.privileged.solution, task.hidden["gold"])
+        assert (patch.cost, price.total) == ((4.0, 0.15) if index % 2 else (2.0, 0.0))
 
 
 def test_repair_wording(play, trusting_sandbox):

@@ -64,22 +64,47 @@ def tasks(split: Split, limit: int | None, seed: int) -> Iterator[Task]:
         yield _task(problem, task_id, split, seed)
 
 
+def wordy_tasks(split: Split, limit: int | None, seed: int) -> Iterator[Task]:
+    """The same tasks; every second gold trajectory adds two lines that nothing needs.
+
+    A student taught by them writes both kinds of patch, which is what studies of a patch's price start from.
+    """
+    for index, task in enumerate(tasks(split, limit, seed)):
+        yield _wordy(task) if index % 2 else task
+
+
 def wrong_turns(task: Task) -> tuple[tuple[Message, ...], ...]:
     """Plausible wrong solutions: a wrong constant, an edit that does not apply, a fit to the one case shown."""
-    edit = task.privileged.trajectory[0].tool_calls[0].arguments
-    head, _, constant = edit["new"].rpartition(" ")
+    bad, good = _expressions(task)
+    head, _, constant = good.rpartition(" ")
     submit = tool_turn("submit")
     return (
-        (tool_turn("edit", old=edit["old"], new=f"{head} {int(constant) + 1}"), submit),
-        (tool_turn("edit", old=edit["old"] + " + 0", new=edit["new"]), submit),
-        (tool_turn("edit", old=edit["old"], new=str(task.public["public_cases"][0]["expected"])), submit),
+        (tool_turn("edit", old=bad, new=f"{head} {int(constant) + 1}"), submit),
+        (tool_turn("edit", old=f"{bad} + 0", new=good), submit),
+        (tool_turn("edit", old=bad, new=str(task.public["public_cases"][0]["expected"])), submit),
     )
+
+
+def _wordy(task: Task) -> Task:
+    bad, good = _expressions(task)
+    old, new = f"return {bad}", f"r = {good}\n    r = r + 0\n    return r"
+    trajectory = tool_turn("edit", old=old, new=new), tool_turn("submit")
+    solution = task.public["program"].replace(old, new)
+    privileged = task.privileged.model_copy(update={"trajectory": trajectory, "solution": solution})
+    return task.model_copy(update={"privileged": privileged})
+
+
+def _expressions(task: Task) -> tuple[str, str]:
+    """What the program returns, shipped and wanted."""
+    programs: tuple[str, str] = task.public["program"], task.hidden["gold"]
+    shipped, wanted = (program.rpartition("return ")[2].strip() for program in programs)
+    return shipped, wanted
 
 
 def difficulty(task: Task) -> float:
     """What is wrong: 1 a constant, which the docstring gives, 2 an operator, which it gives as a word, 3 a variable."""
-    edit = task.privileged.trajectory[0].tool_calls[0].arguments
-    places = [old == new for old, new in zip(edit["old"].split(), edit["new"].split(), strict=True)]
+    bad, good = (expression.split() for expression in _expressions(task))
+    places = [shipped == wanted for shipped, wanted in zip(bad, good, strict=True)]
     return {4: 1.0, 1: 2.0, 3: 2.0}.get(places.index(False), 3.0)
 
 
