@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -19,19 +20,7 @@ from agentopd.report import write_curves_page
 from agentopd.report.charts import Series
 from agentopd.tracking import write_atomic
 
-_HEADERS = (
-    "arm",
-    "seeds",
-    "new skills %",
-    "vs baseline",
-    "retention",
-    "vs baseline",
-    "forgetting",
-    "kept",
-    "tokens",
-    "teacher tokens",
-    "CPU s",
-)
+_DIFFERENCE = "vs baseline"
 
 
 @dataclass(frozen=True)
@@ -42,25 +31,43 @@ class Cells:
     rest: tuple[str, ...]
 
 
+def headers(results: Results) -> tuple[str, ...]:
+    """What the columns are called."""
+    return ("arm", *(column.header for column in _columns(results)))
+
+
 def rows(results: Results) -> list[Cells]:
     """The table: means over seeds with 95 % t intervals, differences with Holm-corrected p-values."""
-    return [Cells(name, _cells(results, name, arm)) for name, arm in results.arms.items()]
+    columns = _columns(results)
+    return [
+        Cells(name, tuple(column.cell(results, name, arm) for column in columns)) for name, arm in results.arms.items()
+    ]
 
 
 def comparison_table(results: Results) -> Table:
-    """For the terminal."""
+    """For the terminal: a difference from the baseline stands below what differs."""
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(_HEADERS[0])
-    for header in _HEADERS[1:]:
-        table.add_column(Text(header), justify="right")
+    first, *others = headers(results)
+    table.add_column(first, no_wrap=True)
+    for header in others:
+        if header != _DIFFERENCE:
+            words = header.replace(" ", "\n", 1) if len(header) > 6 else header
+            table.add_column(Text(words), justify="right", no_wrap=True)
     for row in rows(results):
-        table.add_row(Text(row.name), *(Text(cell) for cell in row.rest))
+        cells: list[str] = []
+        for header, cell in zip(others, row.rest, strict=True):
+            if header != _DIFFERENCE:
+                cells.append(cell)
+            elif cell != DASH:
+                cells[-1] += f"\n{cell}"
+        table.add_row(Text(row.name), *map(Text, cells))
     return table
 
 
 def markdown(results: Results) -> str:
     """A table in GitHub's Markdown, with what its columns mean."""
-    lines = [f"| {' | '.join(_HEADERS)} |", f"|{'---|' * len(_HEADERS)}"]
+    columns = headers(results)
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(('`' + row.name + '`', *row.rest))} |" for row in rows(results)]
     return "\n".join(lines) + f"\n\n{caption(results)}\n"
 
@@ -68,11 +75,12 @@ def markdown(results: Results) -> str:
 def latex(results: Results) -> str:
     """A booktabs table."""
     body = [" & ".join(map(_escaped, (row.name, *row.rest))) + r" \\" for row in rows(results)]
-    head = " & ".join(map(_escaped, _HEADERS)) + r" \\"
+    columns = headers(results)
+    head = " & ".join(map(_escaped, columns)) + r" \\"
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\begin{{tabular}}{{l{'r' * (len(_HEADERS) - 1)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
         r"\toprule",
         head,
         r"\midrule",
@@ -107,7 +115,9 @@ def write_results(results: Results, out: Path) -> list[Path]:
     }
     for name, text in texts.items():
         write_atomic(out / name, text)
-    page = write_curves_page(results.name, caption(results), _HEADERS, _plain_rows(results), curves(results), out)
+    page = write_curves_page(
+        results.name, caption(results), headers(results), _plain_rows(results), curves(results), out
+    )
     return [*(out / name for name in texts), page]
 
 
@@ -154,21 +164,52 @@ def _plain_rows(results: Results) -> list[tuple[str, ...]]:
     return [(row.name, *row.rest) for row in rows(results)]
 
 
-def _cells(results: Results, name: str, arm: ArmResult) -> tuple[str, ...]:
+class _Column(NamedTuple):
+    header: str
+    cell: Callable[[Results, str, ArmResult], str]
+    always: bool = True
+    """Otherwise only where arms differ in it."""
+
+
+def _columns(results: Results) -> list[_Column]:
+    def differ(column: _Column) -> bool:
+        return len({column.cell(results, name, arm) for name, arm in results.arms.items()} - {DASH}) > 1
+
+    return [column for column in _COLUMNS if column.always or differ(column)]
+
+
+def _kept(results: Results, name: str, arm: ArmResult) -> str:
     trained = any(seed.tokens or seed.cpu_seconds for seed in arm.seeds)
     kept = sum(not seed.broken for seed in arm.seeds)
-    return (
-        str(len(arm.seeds)),
-        _mean(list(arm.by_seed("new_skills").values())),
-        _test(results, name, "new_skills"),
-        _mean(list(arm.by_seed("retention").values()), signed=True),
-        _test(results, name, "retention"),
-        _mean(list(arm.by_seed("forgetting").values()), signed=True),
-        f"{kept}/{len(arm.seeds)}" if trained and results.tolerated_drop is not None else DASH,
-        _total(arm, "tokens"),
-        _total(arm, "teacher_tokens"),
-        _total(arm, "cpu_seconds"),
-    )
+    return f"{kept}/{len(arm.seeds)}" if trained and results.tolerated_drop is not None else DASH
+
+
+def _percent(measure: str, signed: bool = False) -> Callable[[Results, str, ArmResult], str]:
+    return lambda results, name, arm: _mean(list(arm.by_seed(measure).values()), signed)
+
+
+def _against(measure: str) -> Callable[[Results, str, ArmResult], str]:
+    return lambda results, name, arm: _test(results, name, measure)
+
+
+def _amount(measure: str, form: str = ",.0f") -> Callable[[Results, str, ArmResult], str]:
+    return lambda results, name, arm: _total(arm, measure, form)
+
+
+_COLUMNS = (
+    _Column("seeds", lambda results, name, arm: str(len(arm.seeds))),
+    _Column("new skills %", _percent("new_skills")),
+    _Column(_DIFFERENCE, _against("new_skills")),
+    _Column("retention", _percent("retention", signed=True)),
+    _Column(_DIFFERENCE, _against("retention")),
+    _Column("forgetting", _percent("forgetting", signed=True)),
+    _Column("kept", _kept),
+    _Column("patch lines", _amount("patch_cost", ".1f"), always=False),
+    _Column("tokens", _amount("tokens")),
+    _Column("replayed", _amount("replay_tokens"), always=False),
+    _Column("teacher tokens", _amount("teacher_tokens")),
+    _Column("CPU s", _amount("cpu_seconds")),
+)
 
 
 def _mean(values: Sequence[float], signed: bool = False) -> str:
@@ -182,14 +223,15 @@ def _mean(values: Sequence[float], signed: bool = False) -> str:
 def _test(results: Results, name: str, measure: str) -> str:
     for test in results.tests:
         if (test.arm, test.measure) == (name, measure):
-            return f"{100 * test.difference.mean:+.1f} (p={test.p_holm:.2g})"
+            p_value = f"p={test.p_holm:.2g}" if test.p_holm >= 0.001 else "p<0.001"
+            return f"{100 * test.difference.mean:+.1f} ({p_value})"
     return DASH
 
 
-def _total(arm: ArmResult, measure: str) -> str:
+def _total(arm: ArmResult, measure: str, form: str) -> str:
     values = list(arm.by_seed(measure).values())
     mean = sum(values) / len(values) if values else 0.0
-    return f"{mean:,.0f}" if mean else DASH
+    return format(mean, form) if mean else DASH
 
 
 def _escaped(text: str) -> str:

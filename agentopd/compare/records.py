@@ -33,6 +33,8 @@ class SeedResult(Record):
     """Of those, on replayed prompts."""
     teacher_tokens: float = 0.0
     """Read by teachers."""
+    patch_cost: float | None = None
+    """Size in lines of the patches that passed in the last tenth of the steps, the mean over skills that have any."""
     cpu_seconds: float = 0.0
     """Of training and the evaluations before its last step."""
     broken: tuple[str, ...] = ()

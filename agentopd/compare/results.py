@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from agentopd.compare.plan import Plan, PlannedRun
@@ -87,6 +88,7 @@ def seed_result(seed: int, run: RunData) -> SeedResult:
         tokens=total("rollout/tokens"),
         replay_tokens=total("replay/tokens"),
         teacher_tokens=total("teacher/tokens"),
+        patch_cost=_patch_cost(run.rows, list(run.roles)),
         cpu_seconds=total("time/cpu"),
         broken=matrix.broken,
         curve=tuple(CurvePoint(step=stage.result.step or 0, skills=_averages(stage.result)) for stage in run.stages),
@@ -123,3 +125,12 @@ def _averages(result: EvalResult) -> dict[str, float]:
 
 def _totals(rows: Sequence[Mapping[str, Any]]) -> Callable[[str], float]:
     return lambda key: sum(float(row.get(key) or 0.0) for row in rows)
+
+
+def _patch_cost(rows: Sequence[Mapping[str, Any]], skills: Sequence[str]) -> float | None:
+    last = rows[-max(1, len(rows) // 10) :]
+    values = [
+        [float(row[key]) for row in last if row.get(key) is not None] for key in map("{}/diff_cost".format, skills)
+    ]
+    means = [mean(found) for found in values if found]
+    return mean(means) if means else None

@@ -71,12 +71,13 @@ def evaluation(step: int, **passed: int) -> EvalResult:
     return EvalResult(tasks=tasks, model="student", step=step)
 
 
-def pretend(run, old: int, new: int) -> None:
-    """A finished run on disk, as training leaves it."""
+def pretend(run, old: int, new: int, patch: float = 2.0) -> None:
+    """A finished run on disk, as training leaves it; passing patches shrink from 4 lines to ``patch``."""
     directory = RunDirectory.create(run.path, dump_toml(run.config), Provenance(seed=run.seed))
     tracker = JsonlTracker(directory.metrics)
-    for step in (1, 2):
-        tracker.log(step, {"rollout/tokens": 500.0, "replay/tokens": 100.0, "teacher/tokens": 900.0, "time/cpu": 1.5})
+    used = {"rollout/tokens": 500.0, "replay/tokens": 100.0, "teacher/tokens": 900.0, "time/cpu": 1.5}
+    for step, lines in ((1, 4.0), (2, patch)):
+        tracker.log(step, used | {"repair/diff_cost": lines})
     tracker.close()
     directory.save_eval("base", evaluation(0, math=36, repair=4, store=4))
     directory.save_eval("final", evaluation(2, math=old, repair=new, store=new))
@@ -185,6 +186,17 @@ def test_results_have_the_promised_shape(done):
     assert lost["forgetting"] == pytest.approx(0.15) and lost["broken"] == ["math"]
 
 
+def test_a_column_in_which_no_arm_differs_is_left_out(tmp_path):
+    plan = make_plan(comparison(tmp_path))
+    for run in plan.runs:
+        pretend(run, *FINAL[run.arm, run.seed], patch=3.5 if run.arm == "opd" else 2.0)
+    results = gather(plan)
+    assert [results.arms[arm].seeds[0].patch_cost for arm in ("opd", "calibrated", "base")] == [3.5, 2.0, None]
+    table = markdown(results).splitlines()
+    assert "patch lines" in table[0] and "replayed" not in table[0], "every arm replayed the same number of tokens"
+    assert sum(" 3.5 " in line for line in table) == 1
+
+
 def test_arms_are_tested_against_the_baseline_and_corrected(done):
     tests = {test.measure: test for test in gather(done).tests}
     assert set(tests) == {"new_skills", "retention"} and tests["new_skills"].arm == "calibrated"
@@ -207,7 +219,10 @@ def test_tables_and_curves_are_written(done):
     assert "http" not in page and page.count("<figure") == page.count("data-chart=") == 3
     buffer = io.StringIO()
     make_console(plain=True, file=buffer).print(comparison_table(results))
-    assert "calibrated" in buffer.getvalue()
+    shown = buffer.getvalue().splitlines()
+    (row,) = (number for number, line in enumerate(shown) if line.startswith(" calibrated "))
+    assert "CPU s" in buffer.getvalue(), "no column falls off"
+    assert "(p=" in shown[row + 1] and "(p=" not in shown[row], "a difference stands below what differs"
 
 
 def test_an_unfinished_comparison_still_has_results(tmp_path):
