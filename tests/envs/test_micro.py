@@ -86,16 +86,16 @@ def test_math_wording():
     assert len(stories) > 100 and len(sums) > 100
 
 
-def test_every_second_wordy_patch_passes_at_a_price(outcome, trusting_sandbox):
-    plain = list(repair.tasks("train", 8, 0))
-    for index, (task, other) in enumerate(zip(repair.wordy_tasks("train", 8, 0), plain, strict=True)):
+def test_wordy_patches_pass_at_a_price(outcome, trusting_sandbox):
+    plain = list(repair.tasks("train", 12, 0))
+    for index, (task, other) in enumerate(zip(repair.wordy_tasks("train", 12, 0), plain, strict=True)):
         assert task.model_copy(update={"privileged": other.privileged}) == other, "only gold differs"
         assert repair.difficulty(task) == repair.difficulty(other)
         assert repair.wrong_turns(task) == repair.wrong_turns(other)
         turns = CodeRepairEnvironment.gold_turns(task)
         assert outcome(CodeRepairEnvironment, task, turns, trusting_sandbox) == 1.0
         price, patch = patch_penalty(task.public["program"], task.privileged.solution, task.hidden["gold"])
-        assert (patch.cost, price.total) == ((4.0, 0.15) if index % 2 else (2.0, 0.0))
+        assert (patch.cost, price.total) == ((4.0, 0.15) if index % 10 else (2.0, 0.0))
 
 
 def test_repair_wording(play, trusting_sandbox):
