@@ -95,7 +95,7 @@ def test_wordy_patches_pass_at_a_price(outcome, trusting_sandbox):
         turns = CodeRepairEnvironment.gold_turns(task)
         assert outcome(CodeRepairEnvironment, task, turns, trusting_sandbox) == 1.0
         price, patch = patch_penalty(task.public["program"], task.privileged.solution, task.hidden["gold"])
-        assert (patch.cost, price.total) == ((4.0, 0.15) if index % 10 else (2.0, 0.0))
+        assert (patch.cost, price.total) == ((4.0, 0.15) if index % 4 else (2.0, 0.0))
 
 
 def test_repair_wording(play, trusting_sandbox):

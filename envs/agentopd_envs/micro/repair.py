@@ -65,12 +65,12 @@ def tasks(split: Split, limit: int | None, seed: int) -> Iterator[Task]:
 
 
 def wordy_tasks(split: Split, limit: int | None, seed: int) -> Iterator[Task]:
-    """The same tasks; nine gold trajectories in ten add two lines that nothing needs.
+    """The same tasks; three gold trajectories in four add two lines that nothing needs.
 
     A student taught by them writes both kinds of patch, which is what studies of a patch's price start from.
     """
     for index, task in enumerate(tasks(split, limit, seed)):
-        yield _wordy(task) if index % 10 else task
+        yield _wordy(task) if index % 4 else task
 
 
 def wrong_turns(task: Task) -> tuple[tuple[Message, ...], ...]:
