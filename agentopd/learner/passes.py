@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -157,6 +158,7 @@ def _compiled(
     """``run`` as one compiled loop, or None where that fails."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+    limit = sys.getrecursionlimit()
     try:
         return _loop(run, elements)(tuple(wide), tuple(columns))
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
@@ -164,6 +166,10 @@ def _compiled(
         cause = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
         warnings.warn(f"passes over the vocabulary are not compiled, which is slower: {cause}", stacklevel=2)
         return None
+    finally:
+        sys.setrecursionlimit(
+            limit
+        )  # PyTorch's compiler raises it, and how deep a program may nest is for others to say
 
 
 @cache

@@ -1,5 +1,6 @@
 """A pass over the vocabulary gives the same compiled and in blocks, and where nothing compiles it says so."""
 
+import sys
 import warnings
 
 import pytest
@@ -50,8 +51,10 @@ def test_totals_and_entropy_are_those_of_the_blocks(small, monkeypatch, dtype):
 
     expected = torch.distributions.Categorical(logits=logits.double())
     both = torch.cat([logits.double().logsumexp(-1), expected.entropy()])
+    limit = sys.getrecursionlimit()
     for ours in (found(), in_blocks(monkeypatch, found)):
         assert_close(ours.double(), both, atol=1e-5, rtol=1e-5)
+    assert sys.getrecursionlimit() == limit, "compiling leaves the process as it was"
 
 
 @compiler
