@@ -167,9 +167,8 @@ def _compiled(
         warnings.warn(f"passes over the vocabulary are not compiled, which is slower: {cause}", stacklevel=2)
         return None
     finally:
-        sys.setrecursionlimit(
-            limit
-        )  # PyTorch's compiler raises it, and how deep a program may nest is for others to say
+        # PyTorch's compiler raises it; how deep a candidate's program may nest is the verifiers' to say.
+        sys.setrecursionlimit(limit)
 
 
 @cache
