@@ -66,8 +66,7 @@ class Pointwise:
         shared = self._part(_slope(self._kernel), taken_c / larger_c - self._slope_c * scale_c, scale_c)
         if self._cut is self._student:
             return [shared]
-        rest = self._student.logits[:, self._width :]
-        return [shared, Part(_softmax, (rest,), (self._student.log_total_c1, taken_c[:, None]))]
+        return [shared, softmax(self._student, taken_c, self._width)]
 
     def _part(self, elements: Elements, *columns_c: Tensor) -> Part:
         columns = [x[:, None] for x in columns_c]
@@ -105,9 +104,9 @@ class Merged:
         return [Part(_softmax_and_slope, (self._student.logits, self._slope_cV), columns)]
 
 
-def softmax(student: LogSoftmax, taken_c: Tensor) -> Part:
-    """The student's softmax times ``taken_c``."""
-    return Part(_softmax, (student.logits,), (student.log_total_c1, taken_c[:, None]))
+def softmax(student: LogSoftmax, taken_c: Tensor, start: int = 0) -> Part:
+    """The student's softmax times ``taken_c``, at the ids from ``start`` on."""
+    return Part(_softmax, (student.logits[:, start:],), (student.log_total_c1, taken_c[:, None]))
 
 
 def _softmax(logits: Tensor, log_total_c1: Tensor, taken_c1: Tensor) -> Tensor:
