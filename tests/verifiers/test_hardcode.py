@@ -1,6 +1,7 @@
 """Hard-coded answers earn nothing, and no honest program is taken for one."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -53,7 +54,7 @@ def wanted(x, y):
 def verdict(make_episode):
     """The verdict on a program; the first case is shown to the student."""
 
-    def run(program, rows=None, starter=STARTER, **hidden):
+    def run(program, rows=None, starter=STARTER, sandbox=None, **hidden):
         rows = rows or cases(INPUTS, wanted)
         task = Task(
             id="t",
@@ -63,7 +64,7 @@ def verdict(make_episode):
             public={"program": starter, "public_cases": rows[:1]},
         )
         episode = make_episode(final_state={"program": program, "submitted": True})
-        return asyncio.run(CodeVerifier().verify(task, episode, HereSandbox()))
+        return asyncio.run(CodeVerifier().verify(task, episode, sandbox or HereSandbox()))
 
     return run
 
@@ -202,6 +203,26 @@ def test_every_table_is_taken_for_one(verdict, inputs, kind):
 )
 def test_nesting_hides_no_table(verdict, deep):
     assert verdict(f"{TABLES['table']}\n{deep}\n", gold=GOLD).reward == 0.0
+
+
+class ShallowSandbox(HereSandbox):
+    """Reads programs from the bottom of a stack, as a fresh process does, and so reads deeper ones than a verifier."""
+
+    async def run_cases(self, program, cases, limits=None):
+        with ThreadPoolExecutor(1) as thread:
+            return [thread.submit(self.one, program.source, case).result() for case in cases]
+
+
+@pytest.mark.parametrize("depth", [2000, 2600, 2700, 2800, 2850, 2900])
+def test_no_table_hides_where_only_the_sandbox_can_read(verdict, depth):
+    found = verdict(f"{TABLES['table']}\nx = {'+'.join(['1'] * depth)}\n", gold=GOLD, sandbox=ShallowSandbox())
+    assert found.components["cases_passed"] == found.components["cases"], "it runs"
+    assert (found.reward, found.status) == (0.0, VerdictStatus.TAMPERED)
+
+
+def test_what_is_too_deep_to_read_is_taken_to_quote_everything():
+    found = find_quotes("x = " + "+".join(["1"] * 4000), [GOLD], [Quotable("a", frozenset(), ("number", 9))])
+    assert found.cases == found.answers == {"a"} and found.blotted == ""
 
 
 @given(st.text(max_size=60))

@@ -10,7 +10,7 @@ and wrong in the other, while every case that is not quoted stays as it was, wer
 from __future__ import annotations
 
 import ast
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,8 @@ from agentopd_verifiers.compare import NotPlainError, canonical
 
 _BLOT = "\0blotted"
 _COMMON: tuple[Any, ...] = (None, True, False, 0, 1, -1, 2, [], {}, set())
-_NOT_A_LITERAL = (ValueError, TypeError, SyntaxError, NotPlainError, RecursionError, MemoryError)
+_TOO_DEEP = (RecursionError, MemoryError)
+_NOT_A_LITERAL = (ValueError, TypeError, SyntaxError, NotPlainError, *_TOO_DEEP)
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,21 @@ class Quotes:
 
 
 def find_quotes(program: str, honest: Iterable[str], cases: Iterable[Quotable]) -> Quotes:
-    """The cases that ``program`` quotes, and the program without them; nothing where it does not parse."""
-    tree = _parse(program)
-    brought = _literals(tree) - set[Hashable]().union(*(_literals(_parse(source)) for source in honest))
+    """The cases that ``program`` quotes, and the program without them; nothing where it does not parse.
+
+    A program nested too deeply to be read or written out here may still run in a sandbox. It is taken to quote every
+    case, and blotted as a whole.
+    """
+    cases = list(cases)
+    try:
+        return _quotes(_parse(program), program, honest, cases)
+    except _TOO_DEEP:
+        every = frozenset(case.id for case in cases)
+        return Quotes(every, every, blotted="")
+
+
+def _quotes(tree: ast.Module, program: str, honest: Iterable[str], cases: Sequence[Quotable]) -> Quotes:
+    brought = _literals(tree) - set[Hashable]().union(*(_literals_of(source) for source in honest))
     asked = [(node, key) for node, value in _evaluated(_asked(tree)) if (key := _key(value)) in brought]
     recognised = {key for _, key in asked}
     answered = [case for case in cases if case.answer in brought] if brought else []
@@ -71,17 +84,19 @@ def find_quotes(program: str, honest: Iterable[str], cases: Iterable[Quotable]) 
 
 
 def _blot(tree: ast.Module, nodes: Iterable[ast.AST]) -> str:
-    """The program with those nodes replaced; one that is nested too deeply to be written out is blotted as a whole."""
-    try:
-        return ast.unparse(ast.fix_missing_locations(_Blotter(nodes).visit(tree)))
-    except RecursionError:
-        return ""
+    return ast.unparse(ast.fix_missing_locations(_Blotter(nodes).visit(tree)))
 
 
 def _parse(source: str) -> ast.Module:
-    with suppress(*_NOT_A_LITERAL):
+    with suppress(ValueError, SyntaxError):
         return ast.parse(source)
     return ast.Module([], [])
+
+
+def _literals_of(source: str) -> set[Hashable]:
+    with suppress(*_TOO_DEEP):
+        return _literals(_parse(source))
+    return set()
 
 
 def _literals(tree: ast.Module) -> set[Hashable]:
