@@ -72,8 +72,9 @@ def _record_moves(run: Run, step: int, before: Mapping[str, float], drops: Mappi
 
 def _apply(run: Run, action: Action) -> None:
     if action.action == "roll_back":
-        then = run.roll_back(int(action.after))
-        run.mixture.scores = then.scores()
+        scores, known = run.roll_back(int(action.after)).scores(), run.mixture.scores.base
+        scores.base = known | scores.base  # a skill that a stage has taught since keeps its first score
+        run.mixture.scores = scores
     elif action.action == "raise_share":
         run.mixture.share = action.after
     elif action.action == "lower_lr":

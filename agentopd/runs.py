@@ -127,11 +127,9 @@ class Run:
             directory.resume(Session.now(sys.argv, from_step=run.step))
             run.directory = directory
             run.tracker = open_tracker(directory, config.tracking, from_step=run.step)
-        for name in ("base", "teacher"):
-            file = directory.eval / f"{name}.json"
-            if file.is_file():
-                run.evals[name] = EvalResult.model_validate_json(file.read_text())
-        runtime.barrier()
+        runtime.barrier()  # evaluations of later steps are gone now
+        for file in sorted(directory.eval.glob("*.json")):
+            run.evals[file.stem] = EvalResult.model_validate_json(file.read_text())
         return run
 
     @classmethod

@@ -21,7 +21,7 @@ from agentopd.mixture import (
     guard_actions,
     replay_weights,
 )
-from agentopd.mixture.budget import Watch, evaluated_shares
+from agentopd.mixture.budget import Watch, evaluated_shares, within_budget
 from agentopd.types import Task
 
 
@@ -99,7 +99,32 @@ def test_budgeted_replay_doubles_for_a_lost_skill_and_relaxes_for_a_kept_one():
     assert moved == pytest.approx({"a": 0.2, "b": 0.07, "c": 0.07})
     assert evaluated_shares({"b": 0.06}, BUDGET, scores, watches, 0.02) == {"b": 0.05}
     lost = ReplayScores(base={"a": 0.9, "b": 0.9}, current={"a": 0.5, "b": 0.5})
-    assert sum(evaluated_shares({"a": 0.39, "b": 0.3}, BUDGET, lost, watches, 0.02).values()) == pytest.approx(0.4)
+    assert evaluated_shares({"a": 0.39, "b": 0.1}, BUDGET, lost, watches, 0.02) == {"a": 0.4, "b": 0.2}
+
+
+@given(st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.05, 0.4), min_size=1))
+def test_a_budget_is_kept_and_no_skill_gets_less_than_its_least(wanted):
+    given = within_budget(wanted, BUDGET)
+    assert sum(given.values()) == pytest.approx(min(0.4, sum(wanted.values())))
+    assert all(min(0.05, 0.4 / len(wanted)) - 1e-9 <= given[name] <= share + 1e-9 for name, share in wanted.items())
+
+
+def test_a_skill_that_never_fails_has_its_share_back_when_a_lost_one_is():
+    mix = mixture(policy="budgeted", share=0.2)
+    before = mix.shares()
+
+    def step(outcome):
+        mix.draw(12)
+        mix.observe({"math": [outcome] * 4, "logic": [1.0] * 4}, 0.02)
+        return mix.shares()
+
+    for _ in range(3):
+        step(1.0)
+    during = [step(0.0) for _ in range(60)][-1]
+    assert during["math"] > 0.4
+    assert during["logic"] == pytest.approx(0.0857, abs=1e-3), "scaled down once, not at every step"
+    after = [step(1.0) for _ in range(5)][-1]
+    assert after["logic"] == before["logic"] and after["math"] == pytest.approx(1.4 * before["math"])
 
 
 def test_a_share_goes_up_by_less_where_it_may_be_chance_and_not_while_the_skill_mends():

@@ -96,10 +96,10 @@ def evaluated_shares(
     watches: Mapping[str, Watch],
     tolerated_drop: float,
 ) -> dict[str, float]:
-    """The shares of the next stretch, from those of the last one and what it did to each skill.
+    """What each skill is to have in the next stretch, from what it had in the last one and what that did to it.
 
     ``watches`` know the evaluation before. What was not replayed has not been shown to do with less, and what has faded
-    is for its prompts to bring back. Every share stays at least ``min_share``, their sum at most ``max_share``.
+    is for its prompts to bring back. Every share stays between ``min_share`` and ``max_share``; their sum may be more.
     """
     moved = {}
     for name, share in shares.items():
@@ -110,8 +110,8 @@ def evaluated_shares(
             factor = _RELAX if watch.replayed else 1.0
         elif loss >= watch.loss and watch.settled is None:
             factor = _RAISE if loss - scores.errors.get(name, 0.0) > tolerated_drop else _NUDGE
-        moved[name] = max(config.min_share, share * factor)
-    return within_budget(moved, config)
+        moved[name] = min(max(config.min_share, share * factor), config.max_share)
+    return moved
 
 
 def watched_share(share: float, watch: Watch, too_far: bool, max_share: float) -> float:
@@ -128,9 +128,13 @@ def watched_share(share: float, watch: Watch, too_far: bool, max_share: float) -
 
 
 def within_budget(shares: Mapping[str, float], config: ReplayConfig) -> dict[str, float]:
-    """The shares, scaled down to ``max_share`` together where they exceed it."""
+    """The shares; where they exceed ``max_share`` together, what each has beyond ``min_share`` is scaled down alike."""
     total = sum(shares.values())
-    return {name: share * min(1.0, config.max_share / total) for name, share in shares.items()}
+    if total <= config.max_share:
+        return dict(shares)
+    least = min(config.min_share, config.max_share / len(shares))
+    scale = (config.max_share - least * len(shares)) / (total - least * len(shares))
+    return {name: least + (share - least) * scale for name, share in shares.items()}
 
 
 def _plus(a: Tally, b: Tally) -> Tally:

@@ -191,6 +191,7 @@ class Mixture:
         self.share = replay.share
         """Total replay share; a guard may raise it. ``budgeted`` goes by ``budgets`` instead."""
         self.budgets: dict[str, float] = {}
+        """What each old skill is to have, also where all of them together would exceed ``max_share``."""
         self._watches: dict[str, Watch] = {}
         self._credits = {skill.name: 0.0 for skill in skills}
         self._unsolved = {skill.name: Unsolved(retry_share) for skill in skills if retry_share > 0}
@@ -211,7 +212,7 @@ class Mixture:
         if not self.is_budgeted:
             return
         watches = {name: self._watch(name) for name in self._old}
-        self.budgets |= evaluated_shares(self._old_shares(), self._replay, self.scores, watches, tolerated_drop)
+        self.budgets |= evaluated_shares(self._wanted(), self._replay, self.scores, watches, tolerated_drop)
         for name, watch in watches.items():
             watch.evaluated(self.scores.loss(name))
 
@@ -222,7 +223,7 @@ class Mixture:
         """
         if not self.is_budgeted:
             return {}
-        gaps, shares = {}, self._old_shares()
+        gaps, shares = {}, self._wanted()
         for name in self._old:
             watch = self._watch(name)
             watch.observe(outcomes.get(name, ()))
@@ -231,7 +232,7 @@ class Mixture:
                 gaps[name], too_far = found
                 shares[name] = watched_share(shares[name], watch, too_far, self._replay.max_share)
         if gaps:
-            self.budgets |= within_budget(shares, self._replay)
+            self.budgets |= shares
         return gaps
 
     @property
@@ -314,7 +315,10 @@ class Mixture:
         if not self._old or self._replay.share == 0:
             return dict.fromkeys(self._old, 0.0)
         if self._replay.policy == "budgeted":
-            start = max(self._replay.min_share, self._replay.share / len(self._old))
-            return within_budget({name: self.budgets.get(name, start) for name in self._old}, self._replay)
+            return within_budget(self._wanted(), self._replay)
         weights = replay_weights(self._old, self._replay, self.scores)
         return {name: self.share * weight for name, weight in weights.items()}
+
+    def _wanted(self) -> dict[str, float]:
+        start = max(self._replay.min_share, self._replay.share / len(self._old))
+        return {name: self.budgets.get(name, start) for name in self._old}

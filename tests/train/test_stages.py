@@ -78,6 +78,8 @@ def test_a_guarded_continual_run_acts_and_resumes_exactly(quickstart, small, tmp
 
     for later in (3, 4):  # as if the run had stopped after its second step
         shutil.rmtree(path / f"checkpoints/step-{later:06d}")
-    asyncio.run(train(Run.resume(path), make_console(plain=True)))
+    resumed = Run.resume(path)
+    assert set(resumed.evals) == {"base", "teacher", "step_000001", "after_first"}, "every skill's first score"
+    asyncio.run(train(resumed, make_console(plain=True)))
     assert metrics(path) == whole
     assert read_jsonl(path / "events.jsonl") == events
