@@ -150,14 +150,14 @@ def retention_of_models(
 ) -> None:
     """``agentopd retention --models``."""
     from agentopd.config.run import EvalConfig
-    from agentopd.retention import matrix_of, measure, stages_of
+    from agentopd.retention import learned_at, matrix_of, measure, stages_of
 
     suite = load_suite(suite_path)
     console = make_console(options.plain or options.as_json, stderr=options.as_json)
     config = EvalConfig(k=options.k, temperature=options.temperature, seed=options.seed)
-    given = dict(_learned(text) for text in learned)
+    taught = learned_at(dict(_learned(text) for text in learned), models, suite)
     results = asyncio.run(measure(stages_of(models, suite), suite, options.limit, config, console))
-    matrix = matrix_of(results, suite, given)
+    matrix = matrix_of(results, suite, taught)
     roles = {skill.name: skill.role for skill in suite.skills}
     _show_retention(matrix, roles, out, options.as_json, options.plain)
 

@@ -52,16 +52,24 @@ async def measure(
     return results
 
 
+def learned_at(given: Mapping[str, int], models: Sequence[str], suite: SuiteConfig) -> dict[str, int]:
+    """Skill to the stage of ``stages_of`` that taught it; ``given`` counts ``models``, without the suite's baseline.
+
+    New skills count as learned at the last one. Raises ``UserError`` for a skill or a model that is not there.
+    """
+    stages = stages_of(models, suite)
+    for skill, index in given.items():
+        if skill not in {entry.name for entry in suite.skills} or not 0 <= index < len(models):
+            raise UserError(f"--learned {skill}={index}: name a skill of the suite and a model, 0 to {len(models) - 1}")
+    at = {skill.name: len(stages) - 1 for skill in suite.skills if skill.role == "new"}
+    return at | {skill: index + len(stages) - len(models) for skill, index in given.items()}
+
+
 def matrix_of(results: Sequence[EvalResult], suite: SuiteConfig, learned: Mapping[str, int]) -> RetentionMatrix:
-    """The matrix of models in order. New skills count as learned at the last one unless ``learned`` says otherwise."""
-    last = len(results) - 1
-    at = {skill.name: last for skill in suite.skills if skill.role == "new"}
-    for skill, index in learned.items():
-        if skill not in {entry.name for entry in suite.skills} or not 0 <= index <= last:
-            raise UserError(f"--learned {skill}={index}: name a skill of the suite and a stage from 0 to {last}")
+    """The matrix of models in order, under the suite's tolerance; ``learned`` is that of ``learned_at``."""
     declared = suite.retention
     tolerance = Tolerance(declared.tolerated_drop, declared.tasks) if declared else None
-    return retention_matrix(results, [result.model for result in results], {**at, **learned}, tolerance=tolerance)
+    return retention_matrix(results, [result.model for result in results], learned, tolerance=tolerance)
 
 
 def _same_vocabulary(start: object, other: object, model: str, console: Console) -> bool:

@@ -28,11 +28,13 @@ from agentopd.mixture import (
     Action,
     CoresetStream,
     Decontaminator,
+    Keep,
     Mixture,
     MixtureState,
     Overlap,
     TaskStream,
     choose_tasks,
+    keep_all,
     load_embedder,
 )
 from agentopd.mixture.embedding import Embed
@@ -95,6 +97,8 @@ class Run:
     """Sentence embeddings, where replay chooses its tasks by them."""
     overlaps: Mapping[tuple[str, str], Overlap] = field(default_factory=dict)
     """Training tasks met so far that are held-out tasks in other words, by skill and task."""
+    kept: Keep = keep_all
+    """Leaves them out, where that is asked for."""
     ahead: MixtureState | None = None
     """Where the mixture stood before prompts were drawn that are not trained on yet; None where there are none."""
     _stage: int = -1
@@ -143,15 +147,14 @@ class Run:
         model = config.decontamination.embedding_model
         embed = load_embedder(model, "decontamination.embedding_model") if model else None
         clean = Decontaminator(heldout, config.decontamination, embed)
-        seed = config.seed if config.suite.seed is None else config.suite.seed
-        streams = {name: TaskStream(skill.env, skill.config, seed, keep=clean.kept) for name, skill in skills.items()}
+        streams = {name: _stream(config, skill, clean.kept) for name, skill in skills.items()}
         suite, retry_share = config.suite, config.train.retry_share
         mixture = Mixture(streams, suite.skills, config.replay, suite.temperature, retry_share)
         learner = DeepSpeedLearner(policy.model, config.learner, config.objective, config.train.steps, teachers.heads())
         learner.stretches = [stage.steps for stage in config.stages] or learner.stretches
         classify = policy.classify(segments=any(x.masks.suffix != "off" for x in config.objective.every_stage()))
         run = cls(config, None, skills, policy, teachers, judge, learner, mixture, heldout, root, classify)
-        run.overlaps = clean.found
+        run.overlaps, run.kept = clean.found, clean.kept
         if config.replay.policy == "coreset":
             run.embed = load_embedder(config.replay.coreset.model, "replay.coreset.model")
         return run
@@ -193,8 +196,7 @@ class Run:
 
     def _pool(self, name: str) -> list[Task]:
         """The first training tasks of a skill, each once."""
-        stream = TaskStream(self.skills[name].env, self.skills[name].config, self.config.seed)
-        tasks = stream.take(self.config.replay.coreset.pool)
+        tasks = _stream(self.config, self.skills[name], self.kept).take(self.config.replay.coreset.pool)
         return list({task.id: task for task in tasks}.values())
 
     @property
@@ -349,6 +351,11 @@ class Run:
         self.learner.close()
         if self.tracker is not None:
             self.tracker.close()
+
+
+def _stream(config: RunConfig, skill: Skill, kept: Keep) -> TaskStream:
+    seed = config.seed if config.suite.seed is None else config.suite.seed
+    return TaskStream(skill.env, skill.config, seed, keep=kept)
 
 
 def _seed_everything(config: RunConfig) -> None:

@@ -3,14 +3,19 @@
 import importlib.resources
 import itertools
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from agentopd.build import Skill
 from agentopd.config.decontamination import DecontaminationConfig
+from agentopd.config.retention import ReplayConfig
 from agentopd.config.run import SkillConfig
 from agentopd.errors import ConfigError
 from agentopd.mixture import Decontaminator, TaskStream, load_embedder
 from agentopd.registry import environments
+from agentopd.runs import Run
 from agentopd.types import Message, Task
 
 RECIPE = "Take three eggs, two cups of flour and one cup of milk; whisk them, let them rest and fry thin pancakes."
@@ -38,6 +43,38 @@ def test_equal_and_overlapping_texts_are_dropped_and_listed():
         ("same", "held", "same"),
         ("padded", "held", "ngram"),
     ]
+
+
+def test_a_short_task_is_found_among_long_ones_that_share_more_words():
+    rules = " ".join(f"rule{n}" for n in range(40))
+    long = [task(f"long{n}", rules + "".join(f" x{n}_{word}" for word in range(60))) for n in range(4)]
+    cleaner = clean(task("short", RECIPE), *long)
+    assert kept(cleaner, task("both", f"{rules} {RECIPE}")) == []
+    assert [(item.heldout_id, item.score) for item in cleaner.found.values()] == [("short", 1.0)]
+
+
+def test_one_rewording_is_found_among_many_with_other_numbers():
+    same = np.ones((1, 1), np.float32)
+    cleaner = clean(
+        *(task(str(n), f"Boil {n} eggs.") for n in range(9)), embed=lambda texts: same.repeat(len(texts), 0)
+    )
+    assert kept(cleaner, task("new", "Cook 8 of them.")) == []
+    assert [(item.heldout_id, item.kind) for item in cleaner.found.values()] == [("8", "embedding")]
+
+
+def test_what_a_coreset_is_chosen_from_holds_no_held_out_task():
+    asked = []
+
+    class Env:
+        @staticmethod
+        def load_tasks(split, source, limit, seed):
+            asked.append(seed)
+            return iter([task("same", RECIPE), task("other", "Boil two eggs.")])
+
+    skill = Skill(SkillConfig(name="new", env="any"), Env)
+    config = SimpleNamespace(seed=1, suite=SimpleNamespace(seed=7), replay=ReplayConfig(policy="coreset"))
+    run = SimpleNamespace(config=config, skills={"new": skill}, kept=clean(task("held", RECIPE)).kept)
+    assert [item.id for item in Run._pool(run, "new")] == ["other"] and set(asked) == {7}
 
 
 def test_the_public_state_is_part_of_the_problem():

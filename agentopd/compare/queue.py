@@ -45,7 +45,7 @@ def work(
     ``after_each`` is called whenever runs of an arm have ended: what is kept then outlives this process.
     """
     for run in (*([plan.start] if plan.start else []), *plan.runs):
-        _check_same_config(plan, run)
+        check_made_as_planned(plan, run)
     at_once = jobs or plan.comparison.jobs or _default_jobs(plan)
     known, failures = recorded(plan), list[str]()
     missing = [run for run in plan.runs if (run.arm, run.seed) not in known]
@@ -119,6 +119,7 @@ def _spawn(plan: Plan, run: PlannedRun, lock: int) -> subprocess.Popen[bytes]:
         config = _asked(plan, run)
         config.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(config, dump_toml(run.config))
+        write_atomic(_made_from(plan, run), plan.fingerprint(run))
         arguments = ["train", str(config)]
     with _log(plan, run).open("ab") as log:
         command = [sys.executable, "-m", "agentopd.cli", *arguments, "--plain"]
@@ -159,6 +160,11 @@ def _asked(plan: Plan, run: PlannedRun) -> Path:
     return plan.out / "configs" / f"{run.name}.toml"
 
 
+def _made_from(plan: Plan, run: PlannedRun) -> Path:
+    """The fingerprint that a run was started with: of its config, and of the models and the start it came from."""
+    return plan.out / "configs" / f"{run.name}.fingerprint"
+
+
 def _check_certified(runs: Sequence[PlannedRun]) -> None:
     """Each run would refuse an uncertified environment by itself, but only after the others had been trained."""
     seen = set[str]()
@@ -173,13 +179,18 @@ def _check_certified(runs: Sequence[PlannedRun]) -> None:
             seen.add(used)
 
 
-def _check_same_config(plan: Plan, run: PlannedRun) -> None:
-    """A directory that another config made would be passed off as this arm's."""
-    # What was asked for, where it is known: the run's own file has "auto" settings decided.
-    asked, made = _asked(plan, run), run.path / "config.toml"
-    if made.is_file() and load_run_config(asked if asked.is_file() else made) != run.config:
+def check_made_as_planned(plan: Plan, run: PlannedRun) -> None:
+    """Raise ``UserError`` for a directory that another config or another start made: it would pass for this arm's."""
+    made, digest, asked = run.path / "config.toml", _made_from(plan, run), _asked(plan, run)
+    if not made.is_file():
+        return
+    if digest.is_file():
+        same = digest.read_text(encoding="utf-8") == plan.fingerprint(run)
+    else:  # What was asked for, where it is known: the run's own file has "auto" settings decided.
+        same = load_run_config(asked if asked.is_file() else made) == run.config
+    if not same:
         raise UserError(
-            f"{str(run.path)!r} was made with another config than {run.name} has now: "
+            f"{str(run.path)!r} was made with another config, model or start than {run.name} has now: "
             "move it away, or choose another out"
         )
 

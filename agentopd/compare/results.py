@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from agentopd.compare.plan import Plan, PlannedRun
-from agentopd.compare.queue import finished
+from agentopd.compare.queue import check_made_as_planned, finished
 from agentopd.compare.recorded import Key, recorded
 from agentopd.compare.records import ArmResult, ArmTest, CurvePoint, Results, SeedResult
 from agentopd.config.comparison import START_ARM
@@ -23,11 +23,12 @@ MEASURES = ("new_skills", "retention")
 
 def gather(plan: Plan) -> Results:
     """Every finished run, from its directory or from the record. Arms without one are left out; the untrained student
-    comes first.
+    comes first. Raises ``UserError`` for a directory that was not made as planned.
     """
     found = recorded(plan)
     for run in plan.runs:
         if finished(run):
+            check_made_as_planned(plan, run)
             found |= _read(plan, run)
     chosen = {run.arm for run in plan.runs}
     return _results(plan, {key: item for key, item in found.items() if key[0] in chosen or key[0] == START_ARM})

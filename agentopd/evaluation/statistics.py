@@ -128,14 +128,16 @@ def mean_interval(values: Sequence[float], seed: int, level: float = 0.95) -> In
 def paired_difference(before: Mapping[str, float], after: Mapping[str, float], seed: int = 0) -> Difference | None:
     """Paired comparison of per-task scores in [0, 1] on the tasks that both hold; None if they share no task.
 
-    Where all differences are equal two pseudo-tasks (+1 and -1) are added before resampling, so that "no task changed"
-    gets an interval of a width that n deserves (Bonett & Price 2012).
+    Two pseudo-tasks are added before resampling, as much better and as much worse as any task became (after Bonett &
+    Price 2012, whose are +1 and -1): where few tasks changed, or all in one direction, the tasks alone claim more than
+    n deserves. Where all differences are equal they are +1 and -1.
     """
     shared = sorted(before.keys() & after.keys())
     if not shared:
         return None
     deltas = np.array([after[task] - before[task] for task in shared], dtype=np.float64)
-    widened = np.append(deltas, [1.0, -1.0]) if np.ptp(deltas) == 0 else deltas
+    most = float(np.abs(deltas).max()) if np.ptp(deltas) > 0 else 1.0
+    widened = np.append(deltas, [most, -most])
     low, high = bootstrap(widened[:, None], lambda means: means[:, 0], seed)
     return Difference(
         mean=float(deltas.mean()),

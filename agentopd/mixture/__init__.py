@@ -5,7 +5,7 @@ from agentopd.mixture.decontamination import Decontaminator, Overlap
 from agentopd.mixture.embedding import load_embedder
 from agentopd.mixture.guard import Action, GuardState, guard_actions
 from agentopd.mixture.replay import ReplayScores, replay_weights
-from agentopd.mixture.suite import CoresetStream, Drawn, Mixture, MixtureState, TaskStream
+from agentopd.mixture.suite import CoresetStream, Drawn, Keep, Mixture, MixtureState, TaskStream, keep_all
 
 __all__ = [
     "Action",
@@ -13,6 +13,7 @@ __all__ = [
     "Decontaminator",
     "Drawn",
     "GuardState",
+    "Keep",
     "Mixture",
     "MixtureState",
     "Overlap",
@@ -20,6 +21,7 @@ __all__ = [
     "TaskStream",
     "choose_tasks",
     "guard_actions",
+    "keep_all",
     "load_embedder",
     "replay_weights",
 ]

@@ -91,20 +91,16 @@ class Decontaminator:
             return same, "same", 1.0
         grams = self._ngrams(text)
         shared = Counter(index for gram in grams for index in self._index.get(gram, ()))
-        for index, count in shared.most_common(3):
-            share = count / min(len(grams), self._sizes[index])
-            if share >= self.config.overlap:
-                return index, "ngram", share
-        return None
+        # Not the one with most in common: a short task is contained in full by fewer n-grams than a long one shares.
+        shares = ((count / min(len(grams), self._sizes[index]), index) for index, count in shared.items())
+        share, index = max(shares, default=(0.0, -1))
+        return (index, "ngram", share) if share >= self.config.overlap else None
 
     def _by_meaning(self, similarity: FloatArray, text: Sequence[str]) -> tuple[int, str, float] | None:
         numbers = _numbers(text)
-        for index in np.argsort(-similarity)[:5]:
-            if similarity[index] < self.config.similarity:
-                break
-            if self._numbers[index] == numbers:
-                return int(index), "embedding", float(similarity[index])
-        return None
+        close = (index for index in np.argsort(-similarity) if similarity[index] >= self.config.similarity)
+        found = next((int(index) for index in close if self._numbers[index] == numbers), None)
+        return None if found is None else (found, "embedding", float(similarity[found]))
 
     def _ngrams(self, text: Sequence[str]) -> set[int]:
         n = self.config.ngram

@@ -61,7 +61,7 @@ def view(kept: KeptEpisode) -> JSON:
         "stop": episode.stop_reason.value,
         "cut": episode.stop_reason.truncated or episode.stop_reason is StopReason.ENV_ERROR,
         "error": episode.error,
-        "seed": episode.seed,
+        "seed": str(episode.seed),  # a 63-bit number is more than JavaScript can count to
         "temperature": episode.temperature,
         "class": outcome_class(kept),
         "status": verdict.status.value,

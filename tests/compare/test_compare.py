@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -238,6 +239,31 @@ def test_a_directory_of_another_config_is_not_passed_off(done, tmp_path):
     other = make_plan(comparison(tmp_path, **{"w_conflict=0.5": "w_conflict=0.6"}))
     with pytest.raises(UserError, match="made with another config"):
         work(other, make_console(plain=True))
+    with pytest.raises(UserError, match="made with another config"):
+        gather(other)
+
+
+def test_arms_of_another_start_are_not_passed_off(tmp_path, monkeypatch):
+    """Their own configs name the start by its place, which is the same."""
+
+    def at_once(command, **_):
+        run = next(run for run in runs if f"{run.name}.toml" in command[-2])
+        pretend(run, 30, 20)
+        return SimpleNamespace(poll=lambda: 0)
+
+    def plan(steps):
+        start = f'[start]\nconfig = "{ROOT}/configs/quickstart.toml"\nset = {{ "train.steps" = {steps} }}\n[arms.opd]'
+        return make_plan(comparison(tmp_path, **{"[arms.opd]": start}), ["opd"], 1)
+
+    monkeypatch.setattr(subprocess, "Popen", at_once)
+    first, second = plan(4), plan(5)
+    runs = [first.start, *first.runs]
+    assert work(first, make_console(plain=True)) == [] and gather(first).finished == 1
+    shutil.rmtree(first.start.path)
+    with pytest.raises(UserError, match="opd/seed-0' was made with another config, model or start"):
+        gather(second)
+    with pytest.raises(UserError, match="opd/seed-0' was made with another config, model or start"):
+        work(second, make_console(plain=True))
 
 
 def test_finished_runs_are_not_trained_again(done):

@@ -98,6 +98,22 @@ def test_pairing_sees_what_unpaired_intervals_cannot():
     assert mean_interval(list(before.values()), 0)[1] > mean_interval(list(after.values()), 0)[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tasks", "attempts", "lost", "gained"),
+    [(100, 1, 0.035, 0.0), (100, 1, 0.04, 0.01), (100, 1, 0.1, 0.05), (100, 2, 0.035, 0.0), (100, 4, 0.03, 0.01)],
+)
+def test_few_changes_cover_95_percent(tasks, attempts, lost, gained):
+    """Attempts of a task that were solved before and no more, or only now."""
+    rng, reps, hits = np.random.default_rng(0), 1500, 0
+    before = dict.fromkeys(map(str, range(tasks)), 0.5)
+    for rep in range(reps):
+        change = (rng.binomial(attempts, gained, tasks) - rng.binomial(attempts, lost, tasks)) / attempts
+        found = paired_difference(before, {str(task): 0.5 + change[task] for task in range(tasks)}, seed=rep)
+        hits += found.ci95[0] - 1e-9 <= gained - lost <= found.ci95[1] + 1e-9
+    assert 0.93 <= hits / reps <= 0.98
+
+
 def test_no_change_is_not_certain_no_change():
     same = {f"t{i}": 1.0 for i in range(20)}
     difference = paired_difference(same, same)

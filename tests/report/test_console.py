@@ -29,7 +29,7 @@ def test_before_after_shows_change_interval_and_teacher(finished, out):
     text = shown(out, before_after_table(run.base.result, run.latest.result, run.teacher, run.roles))
     assert "\x1b" not in text
     line = row(text, "repair")
-    for part in ("new", "30.0 (20–43)", "81.7 (70–89)", "+51.7 (+38 to +65)", "95.0", "79 %"):
+    for part in ("new", "30.0 (20–43)", "81.7 (70–89)", "+51.7 (+35 to +63)", "95.0", "79 %"):
         assert part in line
 
 

@@ -241,7 +241,7 @@ def test_the_picture_of_a_matrix_stands_alone(finished, tmp_path):
     assert matrix is not None
     text = write_retention_page(matrix, tmp_path / "retention.html", {"math": "old"}).read_text()
     assert text.count("<td style=") == 15 and "86.7" in text and "Mean forgetting" in text
-    assert "−3.3 (−8.3 to +0.0)" in text
+    assert "−3.3 (−9.7 to +3.2)" in text
     assert "<script" not in text and "http" not in text
 
 
