@@ -6,6 +6,7 @@ Everything here blocks; ``docker`` calls it from threads.
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 from collections.abc import Callable
@@ -104,6 +105,12 @@ class Container:
         except CellDied as exc:
             said = self._errors.decode(errors="replace").strip().splitlines()
             raise SandboxError(f"a sandbox container did not start: {said[-1] if said else exc}") from None
+
+    def waits(self) -> bool:
+        """Whether its agent still waits for a request: until it gets one, its end is all there is to hear."""
+        ear = select.poll()
+        ear.register(self._socket, select.POLLIN)
+        return not ear.poll(0)
 
     def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
         """Run one encoded request; ``CellDied`` if the container ended or went silent."""

@@ -149,9 +149,12 @@ class DockerSandbox:
         if hardened(limits) == hardened(self.limits):
             while self._spare:
                 try:
-                    return await self._spare.pop(0)
+                    container = await self._spare.pop(0)
                 except AgentOPDError:
                     continue  # the engine failed when it was asked ahead of demand; ask again
+                if container.waits():
+                    return container
+                self.retire(container)  # it ended while nobody used it
         return await self._in_thread(lambda: self._start_container(limits))
 
     def _prepare(self) -> None:

@@ -19,11 +19,17 @@ PATIENCE_S = 0.02
 """A program that still has cases after this long gets one more free worker."""
 KILLS_BORNE = 3
 """How often a case is run again after a kill that it cannot have sent itself."""
+LOSSES_BORNE = 2
+"""How many workers, beyond as many as there are, a program may find dead before one of its cases has begun."""
 PROBE = (Program("import colorsys"), Case("probe", "1 + 1"))
 
 
 class CellDied(SandboxError):
     """A worker or a cell ended without a word. Whose fault that was is not known yet."""
+
+
+class NoCell(CellDied):
+    """A worker was found dead before the case began: no case killed it."""
 
 
 class CellKilled(SandboxError):
@@ -108,6 +114,7 @@ class _Run:
         self.todo = deque(range(len(cases)))
         self.deaths = [0] * len(cases)
         self.kills = [0] * len(cases)
+        self.losses = 0
         self.found: dict[int, CaseResult] = {}
 
     async def lane(self) -> None:
@@ -123,15 +130,27 @@ class _Run:
                         continue
                     try:
                         await self._one(worker, index)
-                    except CellDied:
-                        self.deaths[index] += 1
+                    except CellDied as death:
+                        self._count(index, death)
                         self.todo.appendleft(index)
                         self.pool.discard(worker)
                         break
 
+    def _count(self, index: int, death: CellDied) -> None:
+        """Against the case, if it had begun; else against the machinery, which is at fault where this goes on."""
+        if not isinstance(death, NoCell):
+            self.deaths[index] += 1
+            return
+        self.losses += 1
+        if self.losses > self.pool.workers + LOSSES_BORNE:
+            raise SandboxError(f"{self.losses} sandbox workers were dead before a case began: {death}") from death
+
     async def _one(self, worker: Worker, index: int) -> None:
         request_id, request = self.requests[index]
-        cell = await worker.cell(self.limits)
+        try:
+            cell = await worker.cell(self.limits)
+        except CellDied as exc:
+            raise NoCell(str(exc)) from exc
         try:
             outcome = await cell.call(request, self.limits)
         except CellKilled:

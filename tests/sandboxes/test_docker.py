@@ -2,11 +2,14 @@
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -15,7 +18,7 @@ from agentopd.contracts import Case, CaseStatus, Program, Sandbox, SandboxLimits
 from agentopd.errors import SandboxError
 from agentopd.testing import CATALOGUE, LIMITS, check_sandbox
 from agentopd_sandboxes import ledger
-from agentopd_sandboxes.container import hardened
+from agentopd_sandboxes.container import _STDOUT, _STREAM, HELLO, REPLY, Container, hardened
 from agentopd_sandboxes.docker import DockerSandbox
 
 T = TypeVar("T")
@@ -59,6 +62,51 @@ def test_owners_are_told_apart() -> None:
     assert not ledger.is_stale({**mine, ledger.OWNER: f"another-boot:{me.pid}:{me.started}", ledger.DEADLINE: "1"})
     with pytest.raises(SandboxError, match="sandbox prune"):
         ledger.check_room(ledger.MAX_LIVE)
+
+
+class Api:
+    """An engine whose containers greet; ``inner`` are the agents' ends of their sockets."""
+
+    def __init__(self) -> None:
+        self.inner: list[socket.socket] = []
+
+    def create_host_config(self, **options: Any) -> None: ...
+
+    def create_container(self, *args: Any, **options: Any) -> dict[str, str]:
+        return {"Id": str(len(self.inner))}
+
+    def attach_socket(self, id_: str, params: dict[str, int]) -> socket.socket:
+        ours, inner = socket.socketpair()
+        self.inner.append(inner)
+        return ours
+
+    def start(self, id_: str) -> None:
+        hello = HELLO + REPLY.pack(2, 0, 0) + b"[]"
+        self.inner[int(id_)].sendall(_STREAM.pack(_STDOUT, len(hello)) + hello)
+
+    def remove_container(self, id_: str, **options: Any) -> None:
+        self.inner[int(id_)].close()
+
+
+def test_a_container_that_ended_while_nobody_used_it_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Api()
+    client = SimpleNamespace(api=api)
+    start = lambda limits, *rest: Container(client, "image", limits, None, lambda: None)  # noqa: E731
+
+    async def scenario() -> None:
+        sandbox = DockerSandbox(workers=2)
+        monkeypatch.setattr(sandbox._hosts[0], "start", start)
+        sandbox._loop, sandbox._threads = asyncio.get_running_loop(), ThreadPoolExecutor(2)
+        sandbox._prepare()
+        dead, alive = await asyncio.gather(*sandbox._spare)
+        api.inner[int(dead.id)].close()
+        assert await sandbox.take(sandbox.limits) is alive
+        api.inner[int(alive.id)].close()
+        assert (await sandbox.take(sandbox.limits)).waits()
+        await sandbox.aclose()
+        assert all(inner.fileno() < 0 for inner in api.inner)
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.docker

@@ -131,6 +131,22 @@ def test_one_killed_part_costs_nothing_but_time(jail_works: None, part: str) -> 
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
+def test_workers_that_died_while_idle_cost_nothing_but_time(jail_works: None) -> None:
+    async def scenario() -> None:
+        sandbox, before = JailSandbox(workers=2), alive("keeper")
+        try:
+            await asyncio.gather(verdict(sandbox, "a"), verdict(sandbox, "b"))
+            assert len(alive("keeper") - before) == 2
+            kill("keeper", before)
+            await asyncio.sleep(1)
+            assert (await verdict(sandbox, "after")).outcome == 1.0
+        finally:
+            await sandbox.aclose()
+
+    asyncio.run(scenario())
+
+
 @contextmanager
 def limited(kind: int, most: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(kind)

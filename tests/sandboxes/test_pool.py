@@ -9,19 +9,20 @@ import pytest
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, SandboxLimits
 from agentopd.errors import SandboxError
 from agentopd_sandboxes import wire
-from agentopd_sandboxes.pool import KILLS_BORNE, CellKilled, Worker, run_program
+from agentopd_sandboxes.pool import KILLS_BORNE, LOSSES_BORNE, CellDied, CellKilled, Worker, run_program
 from agentopd_sandboxes.protocol import Outcome
 
 LIMITS = SandboxLimits()
 
 
 class KilledCells:
-    """A pool of one worker, whose first ``kills`` cells are killed and whose others answer 7."""
+    """A pool of one worker that is dead ``losses`` times; its first ``kills`` cells are killed, the others answer 7."""
 
     workers = 1
 
-    def __init__(self, kills: int) -> None:
+    def __init__(self, kills: int, losses: int = 0) -> None:
         self.kills = kills
+        self.losses = losses
         self.calls = 0
         self.discarded = 0
 
@@ -36,6 +37,8 @@ class KilledCells:
         return False
 
     async def cell(self, limits: SandboxLimits) -> "KilledCells":
+        if self.discarded < self.losses:
+            raise CellDied("a sandbox worker does not answer")
         return self
 
     async def call(self, request: bytes, limits: SandboxLimits) -> Outcome:
@@ -64,3 +67,18 @@ def test_a_case_killed_from_outside_is_never_scored() -> None:
     with pytest.raises(SandboxError, match="killed from outside"):
         run(pool)
     assert pool.calls == KILLS_BORNE + 1
+
+
+@pytest.mark.parametrize("losses", [2, KilledCells.workers + LOSSES_BORNE])
+def test_a_worker_that_was_dead_before_the_case_counts_against_nobody(losses: int) -> None:
+    pool = KilledCells(0, losses)
+    result = run(pool)
+    assert (result.status, result.value) == (CaseStatus.VALUE, 7)
+    assert (pool.calls, pool.discarded) == (1, losses)
+
+
+def test_workers_that_are_always_dead_are_a_fault() -> None:
+    pool = KilledCells(0, 1000)
+    with pytest.raises(SandboxError, match="dead before a case began"):
+        run(pool)
+    assert (pool.calls, pool.discarded) == (0, KilledCells.workers + LOSSES_BORNE)
