@@ -9,9 +9,11 @@ code is trusted by nobody.
 
 from __future__ import annotations
 
+import ast
 import random
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, Sandbox, SandboxLimits
@@ -37,6 +39,18 @@ def run(node):
     pytest.main([*options, "-p", "no:faulthandler", "--import-mode=importlib", node], plugins=[Watch()])
     return seen
 """
+_CANARY = """
+def {name}():
+    for twin in ({twins}):
+        try:
+            twin()
+        except BaseException:
+            continue
+        return
+    value = {value}
+    assert value == {other}
+"""
+_DISPLAYS = (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict)
 
 
 @dataclass(frozen=True)
@@ -72,9 +86,10 @@ async def run_suite(
     _check(suite)
     foreign = tuple(sorted(set(submitted) - suite.editable))
     files = {**suite.pristine, **{name: text for name, text in submitted.items() if name in suite.editable}}
-    canaries = []
-    for _ in range(CANARIES):
-        node, source = _canary(suite)
+    canaries, paths = [], list({node.partition("::")[0] for node in suite.tests})
+    random.SystemRandom().shuffle(paths)
+    for index in range(CANARIES):
+        node, source = _canary(suite, paths[index % len(paths)])
         files[node.partition("::")[0]] = source
         canaries.append(node)
     cases = [Case(node, "run(*args)", args=(node,)) for node in (*suite.tests, *canaries)]
@@ -101,16 +116,71 @@ def _check(suite: TestSuite) -> None:
             raise TaskError(f"test {node!r}: its file has to be among the pristine ones, and not editable")
 
 
-def _canary(suite: TestSuite) -> tuple[str, str]:
+def _canary(suite: TestSuite, path: str) -> tuple[str, str]:
     """A copy, under a fresh name, of a file of tests, with one more test that cannot pass; its id and the file.
 
-    The copy imports whatever the tests import, so that code which patches the runner on import patches it here too.
+    The copy imports whatever the tests import, so that code which patches the runner on import patches it here too. The
+    test passes if any twin of the file's own tests does: values that are equal to everything make one pass.
     """
-    path = random.choice(list(suite.tests)).partition("::")[0]
     folder, slash, _ = path.rpartition("/")
     name, value = f"test_{secrets.token_hex(6)}", secrets.randbelow(10**9)
-    failing = f"\n\ndef {name}():\n    value = {value}\n    assert value == {value + 1 + secrets.randbelow(10**9)}\n"
-    return f"{folder}{slash}test_{secrets.token_hex(6)}.py::{name}", suite.pristine[path] + failing
+    twins = dict(_twins(suite, path))
+    listed = "".join(f"{twin}, " for twin in twins)
+    canary = _CANARY.format(name=name, twins=listed, value=value, other=value + 1 + secrets.randbelow(10**9))
+    source = "\n\n".join([suite.pristine[path], *twins.values(), canary])
+    return f"{folder}{slash}test_{secrets.token_hex(6)}.py::{name}", source
+
+
+def _twins(suite: TestSuite, path: str) -> Iterator[tuple[str, str]]:
+    """Tests of a file that compare with another value than they should, under fresh names: (name, source).
+
+    Only tests that run to their end through an ``assert ... == ...`` of their own, so that a twin can pass by nothing
+    else: one inside a loop or a branch may never be reached.
+    """
+    tree = ast.Module([], [])
+    with suppress(SyntaxError, ValueError):  # then its tests fail, whatever is handed in
+        tree = ast.parse(suite.pristine[path])
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and _is_plain(node)]
+    for node in functions:
+        if f"{path}::{node.name}" in suite.tests and sum(map(_falsify, node.body)):
+            node.name = f"_{secrets.token_hex(6)}"
+            yield node.name, ast.unparse(node)
+
+
+def _is_plain(node: ast.FunctionDef) -> bool:
+    """Whether it can be called as it is, and ends only at its end or by an exception."""
+    leaves = (ast.Return, ast.Yield, ast.YieldFrom)
+    return not (
+        node.decorator_list or ast.unparse(node.args) or any(isinstance(part, leaves) for part in ast.walk(node))
+    )
+
+
+def _falsify(statement: ast.stmt) -> bool:
+    """Put another value in the place of what an ``assert ... == ...`` expects; whether it is one."""
+    match statement:
+        case ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]) as test):
+            if isinstance(left, _DISPLAYS) and not isinstance(right, _DISPLAYS):
+                test.left = _other(left)
+            else:
+                test.comparators = [_other(right)]
+            return True
+    return False
+
+
+def _other(value: ast.expr) -> ast.expr:
+    """A value that nothing honest is equal to; of the same kind, where the kind can be read."""
+    token = ast.Constant(secrets.token_hex(12))
+    match value:
+        case ast.Constant(value=int() | float()):
+            return ast.Constant(secrets.randbits(90))
+        case ast.List() | ast.Tuple() | ast.Set():
+            value.elts.append(token)
+        case ast.Dict():
+            value.keys.append(token)
+            value.values.append(token)
+        case _:
+            return token
+    return value
 
 
 def _holds(result: CaseResult) -> bool:

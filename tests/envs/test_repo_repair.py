@@ -133,6 +133,6 @@ def test_every_bug_is_repaired_by_gold_alone(stride, outcomes):
 
 @pytest.mark.slow
 def test_attacks_on_the_tests_do_not_pass(outcomes):
-    for index in range(3):
+    for index in range(4):
         pick = lambda task, i=index: list(RepoRepairEnvironment.wrong_turns(task))[i]  # noqa: E731
         assert set(outcomes(RepoRepairEnvironment, [FIRST], pick, LIBRARIES).values()) == {0.0}

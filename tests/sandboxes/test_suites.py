@@ -43,7 +43,7 @@ ATTACKS = {
     "a syntax error": {"lib.py": "def add(a, b: return"},
     "objects equal to everything": {
         "lib.py": "class A:\n    def __eq__(self, o): return True\n"
-        "def add(a, b):\n    if b == 'x': raise KeyError\n    return A()",
+        "def add(a, b):\n    if b == 'x': raise TypeError\n    return A()",
     },
     "patch the runner": {
         "lib.py": "import _pytest.python\n_pytest.python.Function.runtest = lambda self: None\n" + BUGGY,
@@ -51,11 +51,11 @@ ATTACKS = {
 }
 
 
-def run(*submissions: dict[str, str]) -> list[SuiteOutcome]:
+def run(*submissions: dict[str, str], suite: TestSuite = SUITE) -> list[SuiteOutcome]:
     async def scenario() -> list[SuiteOutcome]:
         sandbox = JailSandbox(workers=2, libraries=LIBRARIES)
         try:
-            return [await run_suite(sandbox, SUITE, files, SandboxLimits(wall_s=20)) for files in submissions]
+            return [await run_suite(sandbox, suite, files, SandboxLimits(wall_s=20)) for files in submissions]
         finally:
             await sandbox.aclose()
 
@@ -72,6 +72,33 @@ def test_no_attack_passes_every_test_unnoticed() -> None:
     for name, outcome in zip(ATTACKS, run(*ATTACKS.values()), strict=True):
         assert not all(outcome.passed.values()) or outcome.tampered, (name, outcome)
         assert outcome.foreign == tuple(sorted(set(ATTACKS[name]) - {"lib.py"}))
+
+
+EQUAL = "class A:\n    def __eq__(self, o): return {}\ndef add(a, b): return A()\n"
+
+
+@pytest.mark.parametrize(
+    ("test", "submitted"),
+    [
+        ("assert 3 == add(1, 2)", EQUAL.format(True)),
+        ("assert add([1], [2]) == [1, 2]", EQUAL.format("type(o) is list")),
+        ("assert add(1, 2) == {'sum': 3}", EQUAL.format("type(o) is dict")),
+        ("assert add(1, 2) == 3", EQUAL.format("type(o) is int")),
+    ],
+)
+def test_what_equals_everything_of_a_kind_is_tampered_with(test: str, submitted: str) -> None:
+    file = f"from lib import add\n\ndef test_x():\n    {test}\n"
+    suite = TestSuite({"lib.py": BUGGY, "test_lib.py": file}, ["test_lib.py::test_x"], frozenset({"lib.py"}))
+    (outcome,) = run({"lib.py": submitted}, suite=suite)
+    assert outcome.passed == {"test_lib.py::test_x": True} and outcome.tampered
+
+
+def test_tests_that_may_end_before_they_compare_make_no_honest_program_tampered() -> None:
+    bodies = ["for x in ():\n        assert x == 1", "return\n    assert add(1, 2) == 3", "assert add(1, 2) == 3"]
+    file = "from lib import add\n" + "".join(f"\ndef test_{i}():\n    {body}\n" for i, body in enumerate(bodies))
+    nodes = [f"test_lib.py::test_{index}" for index in range(len(bodies))]
+    (outcome,) = run({"lib.py": GOLD}, suite=TestSuite({"lib.py": GOLD, "test_lib.py": file}, nodes, SUITE.editable))
+    assert outcome.passed == dict.fromkeys(nodes, True) and not outcome.tampered
 
 
 def test_suites_are_checked() -> None:
