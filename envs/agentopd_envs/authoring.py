@@ -274,16 +274,16 @@ class ToolEnvironment(BaseEnvironment):
         self._events.append(Event(turn=self._turn, kind=kind, data=data))
 
     async def _answer(self, call: ToolCall) -> Message:
-        changed_since = since(self.state())
+        tool, changed_since = self._tools.get(call.name), since(self.state())
+        validated = None if tool is None else tool.record(call.arguments)  # a tool may change what it is given
         try:
             result, ok = await self.call_tool(call), True
         except ToolError as error:
             result, ok = f"error: {error}", False
-        tool = self._tools.get(call.name)
         mutates = tool is not None and tool.options.mutates
         changed = changed_since(self.state())
-        self.record("tool_call", name=call.name, arguments=call.arguments, ok=ok, result=result, mutates=mutates,
-                    changes=changed)  # fmt: skip
+        self.record("tool_call", name=call.name, arguments=call.arguments, validated=validated, ok=ok, result=result,
+                    mutates=mutates, changes=changed)  # fmt: skip
         return Message(role="tool", name=call.name, content=result)
 
     def _answer_malformed(self, call: MalformedCall) -> Message:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_type_hints, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import PydanticSerializationError
 
 from agentopd.errors import ToolError
 from agentopd.types import JSON, ToolSchema
@@ -70,11 +72,20 @@ class Tool:
 
     def parse(self, raw: JSON) -> JSON:
         """The validated keyword arguments of a call; raises ``ToolError`` naming each offending argument."""
+        values = self._values(raw)
+        return {str(info.alias): getattr(values, name) for name, info in self.arguments.model_fields.items()}
+
+    def record(self, raw: JSON) -> JSON | None:
+        """The validated arguments as JSON, defaults included; None where they do not validate or are no JSON."""
+        with suppress(ToolError, PydanticSerializationError):
+            return self._values(raw).model_dump(mode="json", by_alias=True, warnings=False)
+        return None
+
+    def _values(self, raw: JSON) -> BaseModel:
         try:
-            values = self.arguments.model_validate(raw)
+            return self.arguments.model_validate(raw)
         except ValidationError as exc:
             raise ToolError("; ".join(_describe(error) for error in exc.errors())) from None
-        return {str(info.alias): getattr(values, name) for name, info in self.arguments.model_fields.items()}
 
 
 def tools_of(cls: type) -> dict[str, Tool]:

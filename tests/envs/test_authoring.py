@@ -188,12 +188,27 @@ def test_every_call_is_answered_and_recorded(made, answer):
     assert event.data == {
         "name": made.name,
         "arguments": made.arguments,
+        "validated": event.data["validated"],
         "ok": ok,
         "result": result.messages[0].content,
         "mutates": made.name == "put",
         "changes": [{"path": ["ran"], "value": env.ran}] if env.ran else [],
     }
     assert bool(env.ran) == (ok and made.name == "put"), "arguments are checked before the tool runs"
+
+
+@pytest.mark.parametrize(
+    ("made", "validated"),
+    [
+        (call("put", count="3"), {"count": 3, "title": "none", "copy": None}),
+        (call("nothing"), {}),
+        (call("put", count="x"), None),
+        (call("nowhere"), None),
+    ],
+)
+def test_what_a_tool_was_given_is_recorded_beside_what_was_written(made, validated):
+    (event,) = step(made)[1].events
+    assert (event.data["arguments"], event.data["validated"]) == (made.arguments, validated)
 
 
 @pytest.mark.parametrize("name", ["crash", "unprintable"])

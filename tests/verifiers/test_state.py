@@ -130,6 +130,14 @@ def write(item, count):
     return tool_turn("write", item=item, count=count)
 
 
+@pytest.mark.parametrize("count", [4, "4", 4.0])
+def test_a_call_is_known_by_what_its_tool_was_given(played, count):
+    wanted = [{"name": "write", "arguments": {"count": 4}}]
+    assert played(write("pears", count), required_calls=wanted)[0].passed
+    crossed, _ = played(write("pears", count), forbidden_calls=wanted)
+    assert (crossed.outcome, [flag.code for flag in crossed.flags]) == (0.0, ["forbidden_call"])
+
+
 def text(message):
     return HermesJSON().render(message.tool_calls[0])
 

@@ -149,8 +149,11 @@ def _fields(path: Path, values: tuple[Any, ...], stops: Sequence[str]) -> Iterat
 
 
 def _is_call(event: Event, pattern: Mapping[str, Any]) -> bool:
-    """A call that the environment carried out, with at least the arguments of the pattern."""
-    made = event.data.get("arguments") or {}
+    """A call that the environment carried out, with at least the arguments of the pattern.
+
+    What counts is what the tool was given: its validated arguments, where the environment recorded them.
+    """
+    made = event.data.get("validated") or event.data.get("arguments") or {}
     wanted = pattern.get("arguments") or {}
     same = all(key in made and matches(value, made[key]) for key, value in wanted.items())
     return bool(event.data.get("ok")) and event.data.get("name") == pattern["name"] and same
