@@ -60,6 +60,11 @@ def test_the_frame_condition(verdict):
     assert "stock.figs" in found.detail
     assert not verdict({**GOAL, "extra": {}}).passed
     assert not verdict({"stock": GOAL["stock"]}).passed
+    empty, absent, full = {"orders": {"1": {}}}, {"orders": {}}, {"orders": {"1": {"note": "Hi"}}}
+    assert not verdict(absent, initial=full, goal=empty).passed
+    assert not verdict(empty, initial=full, goal=absent).passed
+    assert verdict(empty, initial=full, goal=empty).passed and verdict(absent, initial=full, goal=absent).passed
+    assert verdict(full, initial=absent, goal=empty, comparators={"orders.1.note": "ignore"}).passed
     assert not verdict({**GOAL, "stock": {"pears": True, "figs": 5}}).passed
 
 

@@ -140,10 +140,9 @@ def _fields(path: Path, values: tuple[Any, ...], stops: Sequence[str]) -> Iterat
     if stop or not objects or any(not isinstance(value, dict) and value is not _ABSENT for value in values):
         yield path, values
         return
-    keys = {key: None for value in objects for key in value}
-    if not keys:
-        yield path, values
-    for key in keys:
+    if not all(objects) and any(value is _ABSENT for value in values):  # no key tells an empty object from none
+        yield path, tuple(_ABSENT if value is _ABSENT else {} for value in values)
+    for key in {key: None for value in objects for key in value}:
         inner = tuple(value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT for value in values)
         yield from _fields((*path, str(key)), inner, stops)
 
