@@ -81,7 +81,7 @@ async def run_suite(
     """Run every test once on the pristine files with the submitted editable ones in place.
 
     Raises ``TaskError`` for a suite that names a test outside its files, ``SandboxError`` if a test was not answered
-    exactly once.
+    exactly once, or if the sandbox cannot run tests.
     """
     _check(suite)
     foreign = tuple(sorted(set(submitted) - suite.editable))
@@ -94,10 +94,11 @@ async def run_suite(
         canaries.append(node)
     cases = [Case(node, "run(*args)", args=(node,)) for node in (*suite.tests, *canaries)]
     random.SystemRandom().shuffle(cases)
-    program = Program(_RUNNER, {"judge.ini": "[pytest]\n", **{f"project/{name}": files[name] for name in files}})
-    results = await sandbox.run_cases(program, cases, limits)
+    results = await sandbox.run_cases(_program(files), cases, limits)
     if sorted(result.id for result in results) != sorted(case.id for case in cases):
         raise SandboxError(f"{len(results)} results for the {len(cases)} tests of a suite")
+    if all(result.status is CaseStatus.EXCEPTION for result in results):
+        await _check_runner(sandbox, limits)
     found = {result.id: result for result in results}
     return SuiteOutcome(
         passed={node: _holds(found[node]) for node in suite.tests},
@@ -105,6 +106,25 @@ async def run_suite(
         tampered=any(_holds(found[node]) for node in canaries),
         foreign=foreign,
     )
+
+
+def _program(files: Mapping[str, str]) -> Program:
+    return Program(_RUNNER, {"judge.ini": "[pytest]\n", **{f"project/{name}": text for name, text in files.items()}})
+
+
+async def _check_runner(sandbox: Sandbox, limits: SandboxLimits | None) -> None:
+    """Run a test that passes, without a file of the suite or the student; ``SandboxError`` if it does not.
+
+    No word of a run that loaded the student's files counts here: a program could void its own verdict by it.
+    """
+    node = "test_runner.py::test_runner"
+    program = _program({"test_runner.py": "def test_runner():\n    pass\n"})
+    (result,) = await sandbox.run_cases(program, [Case(node, "run(*args)", args=(node,))], limits)
+    if not _holds(result):
+        raise SandboxError(
+            f"the sandbox {sandbox.name!r} cannot run tests for pytest: {result.detail or result.status}; "
+            "give it the libraries of agentopd_sandboxes.suites.LIBRARIES"
+        )
 
 
 def _check(suite: TestSuite) -> None:

@@ -1,11 +1,12 @@
 """pytest suites in the jail: pristine files, the judge's configuration, exact ids, canaries."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
-from agentopd.contracts import SandboxLimits
-from agentopd.errors import TaskError, UserError
+from agentopd.contracts import CaseStatus, SandboxLimits
+from agentopd.errors import SandboxError, TaskError, UserError
 from agentopd_sandboxes import JailSandbox
 from agentopd_sandboxes.suites import LIBRARIES, SuiteOutcome, TestSuite, run_suite
 
@@ -51,9 +52,11 @@ ATTACKS = {
 }
 
 
-def run(*submissions: dict[str, str], suite: TestSuite = SUITE) -> list[SuiteOutcome]:
+def run(
+    *submissions: dict[str, str], suite: TestSuite = SUITE, libraries: Sequence[str] = LIBRARIES
+) -> list[SuiteOutcome]:
     async def scenario() -> list[SuiteOutcome]:
-        sandbox = JailSandbox(workers=2, libraries=LIBRARIES)
+        sandbox = JailSandbox(workers=2, libraries=libraries)
         try:
             return [await run_suite(sandbox, suite, files, SandboxLimits(wall_s=20)) for files in submissions]
         finally:
@@ -99,6 +102,21 @@ def test_tests_that_may_end_before_they_compare_make_no_honest_program_tampered(
     nodes = [f"test_lib.py::test_{index}" for index in range(len(bodies))]
     (outcome,) = run({"lib.py": GOLD}, suite=TestSuite({"lib.py": GOLD, "test_lib.py": file}, nodes, SUITE.editable))
     assert outcome.passed == dict.fromkeys(nodes, True) and not outcome.tampered
+
+
+BREAK_PYTEST = """
+import _pytest.config
+def unavailable(self): raise ModuleNotFoundError("No module named 'pytest'")
+_pytest.config.Config._ensure_unconfigure = unavailable
+"""
+
+
+def test_a_sandbox_without_pytest_gives_no_score_and_a_program_that_breaks_pytest_gets_one() -> None:
+    with pytest.raises(SandboxError, match=r"'jail' cannot run tests for pytest.*pytest.*LIBRARIES"):
+        run({"lib.py": GOLD}, libraries=())
+    (broken,) = run({"lib.py": BREAK_PYTEST + GOLD})
+    assert set(broken.statuses.values()) == {CaseStatus.EXCEPTION}
+    assert not any(broken.passed.values()) and not broken.tampered
 
 
 def test_suites_are_checked() -> None:
