@@ -74,11 +74,11 @@ def student_answers(drawn: Sequence[Drawn], share: float, step: int) -> tuple[li
 async def _student(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
     """Episodes of every prompt's group, judged as they finish while others still sample."""
     specs = [spec for item in drawn for spec in _group(run, item, run.config.rollout.group_size)]
-    return await stream_episodes(specs, run.policy.engine, run.policy.renderer, _judged(run, drawn), _options(run))
+    return await stream_episodes(specs, run.policy.engine, run.policy.renderer, _judged(run), _options(run))
 
 
 async def _gold(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
-    finished = _judged(run, drawn)
+    finished = _judged(run)
 
     async def play(spec: EpisodeSpec) -> Judged:
         turns = spec.env_cls.gold_turns(spec.task)  # type: ignore[attr-defined]
@@ -149,11 +149,9 @@ def _kept(judged: Sequence[Judged], filter_correct: bool) -> list[Judged]:
     return [item for item in judged if not filter_correct or (item[1].passed and not item[0].stop_reason.truncated)]
 
 
-def _judged(run: Run, drawn: Sequence[Drawn]) -> Callable[[EpisodeSpec, Episode], Awaitable[Judged]]:
-    tasks = {item.task.id: item.task for item in drawn}
-
+def _judged(run: Run) -> Callable[[EpisodeSpec, Episode], Awaitable[Judged]]:
     async def finished(spec: EpisodeSpec, episode: Episode) -> Judged:
-        return episode, await run.judge(tasks[spec.task.id], episode)
+        return episode, await run.judge(spec.task, episode)
 
     return finished
 

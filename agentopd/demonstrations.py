@@ -38,10 +38,9 @@ class Demonstrator:
         found = [self.cache.get(key) for key in keys]
         missing = {key.digest: index for index, key in enumerate(keys) if found[index] is None}
         specs = [spec for index in missing.values() for spec in self._specs(keys[index], prompts[index][1])]
-        tasks = {spec.id: spec.task for spec in specs}
 
         async def finished(spec: EpisodeSpec, episode: Episode) -> Judged:
-            return episode, await self.judge(tasks[spec.id], episode)
+            return episode, await self.judge(spec.task, episode)
 
         sampled = await stream_episodes(specs, self.policy.engine, self.policy.renderer, finished, self.options)
         fresh = {digest: sampled[i * num : (i + 1) * num] for i, digest in enumerate(missing)}

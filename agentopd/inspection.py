@@ -24,7 +24,8 @@ def inspect(
 ) -> list[KeptEpisode]:
     """``tracking.episodes_per_step`` episodes of the step about to be taken, as the learner sees them before it.
 
-    ``batch`` was built from ``scored`` and more. Only the process with the run directory keeps any.
+    ``batch`` was built from ``scored`` and more; ``tasks`` leads from a task's hash to the task. Only the process with
+    the run directory keeps any.
     """
     num = run.config.tracking.episodes_per_step if run.directory is not None else 0
     row_of = {source: row for row, source in enumerate(batch.source_B.tolist())}
@@ -68,7 +69,7 @@ def _kept(
         replay=item.replay,
         episode=episode,
         verdict=item.verdict,
-        task=tasks[episode.task_id],
+        task=tasks[episode.task_hash],
         environment=config.env,
         verifier=config.verifier or "",
         tokens=tuple(decode([token], skip_special_tokens=False) for token in episode.token_ids),

@@ -106,7 +106,7 @@ async def train_step(run: Run, collected: Collected) -> Seen:
     with clock.phase("learner"):
         both = [*scored, *anchors]
         batch = build_batch(both, blocks, shares, run.classify, run.policy.pad_id, all_reduce=runtime.all_reduce)
-        kept = inspect(run, blocks, shown, batch, {task.id: task for task in tasks.values()})
+        kept = inspect(run, blocks, shown, batch, tasks)
     acting = collected.others if blocks.source.kind in ("gold", "teacher") else collected.own
     again = {item.task.hash for item in collected.drawn if item.again}
     replayed = {f"replay/share/{name}": shares[name] for name in sorted(run.old_skills)}

@@ -73,6 +73,29 @@ def test_a_new_environment_trains_once_it_is_certified(example, quickstart, smal
     assert metrics(path)[0]["mine/episodes"] == 12
 
 
+def test_skills_that_name_their_tasks_alike_are_kept_apart(small, tmp_path):
+    lines = ['[objective]\npreset = "sft"\n']
+    for skill, answers in (("easy", ("4", "6")), ("hard", ("40", "60"))):
+        rows = [{"id": i, "q": f"{skill} question {i}?", "a": answer} for i, answer in enumerate(answers)]
+        (tmp_path / skill).mkdir()
+        (tmp_path / skill / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (tmp_path / skill / "data.toml").write_text(
+            '[splits]\ntrain = "rows.jsonl"\neval = "rows.jsonl"\n[columns]\nid = "id"\nproblem = "q"\nanswer = "a"\n'
+        )
+        lines.append(f'[[suite.skills]]\nname = "{skill}"\nenv = "math"\nsource = "{tmp_path}/{skill}/data.toml"\n')
+    config = tmp_path / "two.toml"
+    config.write_text("".join(lines))
+    overrides = small("train.steps=1", "train.prompts_per_step=4", "tracking.episodes_per_step=4")
+    off = ("decontamination.action=off", "eval.tasks_per_skill=2")
+    started = Run.start(load_run_config(config, [*overrides, *off]), allow_uncertified=["easy", "hard"])
+    asyncio.run(train(started, make_console(plain=True)))
+    kept = list(RunDirectory.open(started.root).kept_episodes())
+    assert sorted((item.skill, item.task.hidden["answer"]) for item in kept) == [
+        ("easy", "4"), ("easy", "6"), ("hard", "40"), ("hard", "60")
+    ]  # fmt: skip
+    assert all(item.verdict.passed and item.task.hash == item.episode.task_hash for item in kept)
+
+
 OVERLAPPING = """
 from agentopd.types import Limits, Message
 from agentopd_envs import SingleTurnEnvironment, register_environment

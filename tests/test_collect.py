@@ -1,0 +1,57 @@
+"""A step's episodes: who is judged on what, and which seeds a prompt's group has."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from agentopd.build import Judge, load_skills
+from agentopd.collect import collect
+from agentopd.config import SuiteConfig
+from agentopd.config.objective import Blocks
+from agentopd.config.rollout import RolloutConfig
+from agentopd.mixture import Drawn
+from agentopd.models import load_tokenizer
+from agentopd.rendering import ChatRenderer, HermesJSON
+
+
+@pytest.fixture
+def gold_run():
+    """A run that plays the gold of ``skills``, as far as collecting reads one."""
+
+    def make(skills):
+        codec = HermesJSON()
+        policy = SimpleNamespace(codec=codec, renderer=ChatRenderer(load_tokenizer("micro/student"), codec))
+        blocks = Blocks.model_validate(
+            {"source": "gold", "divergence": {"kind": "none"}, "anchor": {"kind": "gold_nll"}}
+        )
+        config = SimpleNamespace(seed=0, rollout=RolloutConfig())
+        judge = Judge(skills.values(), None)
+        return SimpleNamespace(skills=skills, judge=judge, policy=policy, step=0, config=config, blocks=blocks)
+
+    return make
+
+
+def named_alike(root, answers):
+    """Math skills whose data sets have one file name and number their rows, each from 0."""
+    for skill, found in answers.items():
+        rows = [{"id": i, "q": f"{skill} question {i}?", "a": answer} for i, answer in enumerate(found)]
+        (root / skill).mkdir()
+        (root / skill / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (root / skill / "data.toml").write_text(
+            '[splits]\ntrain = "rows.jsonl"\n[columns]\nid = "id"\nproblem = "q"\nanswer = "a"\n'
+        )
+    return load_skills(
+        SuiteConfig.model_validate(
+            {"skills": [{"name": skill, "env": "math", "source": f"{root}/{skill}/data.toml"} for skill in answers]}
+        )
+    )
+
+
+def test_an_episode_is_judged_on_its_own_skills_task(gold_run, tmp_path):
+    skills = named_alike(tmp_path, {"easy": ("4", "6"), "hard": ("40", "60")})
+    drawn = [Drawn(name, task, False) for name, skill in skills.items() for task in skill.tasks("train", 2, 0)]
+    assert len({item.task.id for item in drawn}) == 2
+    _, judged = asyncio.run(collect(gold_run(skills), drawn))
+    assert [(episode.skill, verdict.outcome) for episode, verdict in judged] == [(item.skill, 1.0) for item in drawn]
