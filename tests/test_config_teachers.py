@@ -53,6 +53,32 @@ def test_what_lacks_an_input_or_has_no_effect_is_refused(load, text, overrides, 
         load(text, *overrides)
 
 
+@pytest.mark.parametrize("preset", ["simct_opd", "gold_opd"])
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ('objective.anchor={kind="teacher_nll"}', "anchor 'teacher_nll'"),
+        ("objective.source=teacher", "source 'teacher'"),
+        ('objective.source={kind="mixed",other="teacher"}', "source 'mixed'"),
+        (
+            'objective.stages=[{until=0.5,source={kind="teacher"},divergence={kind="none"},'
+            'anchor={kind="teacher_nll"},alignment={kind="same"}}]',
+            "anchor 'teacher_nll'",
+        ),
+    ],
+)
+def test_rollouts_in_a_teachers_own_token_ids_are_not_trained_on(load, preset, override, value):
+    with pytest.raises(ConfigError) as caught:
+        load(HF, f"objective.preset={preset}", override)
+    for words in (value, f"alignment '{preset.removesuffix('_opd')}'", "the teacher's token ids", "alignment 'same'"):
+        assert words in str(caught.value)
+
+
+def test_rubrics_and_gold_need_no_common_token_ids(load):
+    assert load(HF, "objective.preset=simct_opd", 'objective.source={kind="mixed",other="gold"}')
+    assert load(HF + JUDGE, "objective.preset=simct_opd", 'objective.verifier={kind="rubric"}')
+
+
 def test_an_error_in_a_teacher_is_placed_in_the_files_own_words(load):
     with pytest.raises(ConfigError, match=r"run\.toml: teachers\.default\.model: "):
         load('[teachers.default]\nkind = "hf"\n')

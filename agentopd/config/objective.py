@@ -47,7 +47,7 @@ from agentopd.config.objective_data import (
     TeacherForwardKL,
     TeacherSource,
 )
-from agentopd.config.objective_rules import complaints
+from agentopd.config.objective_rules import complaints, foreign_rollouts
 
 Access = Literal["none", "text", "sampled", "topk", "full"]
 """What a teacher gives: nothing, text, log-probs of sampled ids, of its top-K ids too, or whole distributions."""
@@ -137,10 +137,15 @@ class Blocks(Section):
     @property
     def needs_teacher_rollouts(self) -> bool:
         """Whether the teacher has to act: answers of its own, to train on or to draw rubrics from."""
+        return self.trains_on_teacher_rollouts or self.needs_rubric
+
+    @property
+    def trains_on_teacher_rollouts(self) -> bool:
+        """Whether tokens that the teacher sampled are part of the loss."""
         from_teacher = isinstance(self.source, TeacherSource) or (
             isinstance(self.source, MixedSource) and self.source.other == "teacher"
         )
-        return from_teacher or isinstance(self.anchor, TeacherAnchor) or self.needs_rubric
+        return from_teacher or isinstance(self.anchor, TeacherAnchor)
 
     @property
     def needs_gold(self) -> bool:
@@ -218,6 +223,8 @@ class ObjectiveConfig(Blocks):
             raise ValueError(f"stages must end one after the other; their 'until' are {ends}")
         if len({blocks.alignment for blocks in self.every_stage() if blocks.needs_teacher}) > 1:
             raise ValueError("stages that read a teacher must have one alignment: they share the teacher")
+        for complaint in foreign_rollouts(list(self.every_stage())):
+            raise ValueError(complaint)
         return self
 
     def at(self, progress: float) -> Blocks:

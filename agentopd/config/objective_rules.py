@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from agentopd.config.base import Section
@@ -85,6 +85,20 @@ def _across(blocks: Blocks) -> Iterator[str]:
         )
     if isinstance(blocks.anchor, TeacherForwardKL) or blocks.router.kind == "asymmetric" or blocks.student_top_k:
         yield f"alignment {blocks.alignment.kind!r} reads no teacher top-K for anchor, router or masks"
+
+
+def foreign_rollouts(stages: Sequence[Blocks]) -> Iterator[str]:
+    """A teacher of another tokenizer samples ids of its own, also in a stage that does not compare with it."""
+    alignment = next((blocks.alignment.kind for blocks in stages if blocks.alignment.kind != "same"), None)
+    for blocks in stages if alignment is not None else ():
+        if blocks.trains_on_teacher_rollouts:
+            taught = isinstance(blocks.anchor, TeacherAnchor)
+            what = f"anchor {blocks.anchor.kind!r}" if taught else f"source {blocks.source.kind!r}"
+            yield (
+                f"{what} trains on the teacher's own rollouts, and under alignment {alignment!r} they are in the "
+                "teacher's token ids, not the student's: train on gold or the student's own instead, or choose a "
+                "teacher with the student's tokenizer and alignment 'same'"
+            )
 
 
 def _routing(blocks: Blocks) -> Iterator[str]:
