@@ -12,13 +12,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from agentopd.build import live_options
 from agentopd.config.objective import anchor_coef
 from agentopd.config.objective_data import GoldNLL, MixedSource, TeacherAnchor, TeacherSource
+from agentopd.demonstrations import Demonstrator
 from agentopd.errors import UserError
 from agentopd.evaluate import Judged, stable_seed
 from agentopd.learner import runtime
 from agentopd.mixture import Drawn
 from agentopd.rollout import EpisodeSpec, RolloutOptions, run_scripted, stream_episodes
 from agentopd.runs import Run
-from agentopd.types import Episode
+from agentopd.types import Episode, Task
 
 Collect = Callable[[Run, Sequence[Drawn]], Awaitable[list[Judged]]]
 
@@ -108,6 +109,7 @@ async def _stored(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
     """The starting student's rollouts, from disk."""
     assert run.teachers.stored_rollouts is not None
     prompts = [(item.skill, item.task) for item in drawn]
+    _require_stored(run.teachers.stored_rollouts, prompts, run.config.rollout.group_size)
     answers = await run.teachers.stored_rollouts.answer(prompts, run.config.rollout.group_size)
     return [judged for answer in answers for judged in answer]
 
@@ -124,8 +126,8 @@ async def store_rollouts(run: Run) -> None:
     every = [(name, task) for name in run.teachers.routes for task in run.skills[name].train_tasks(run.config.seed)]
     prompts = every[runtime.rank() :: runtime.world_size()]
     num = run.config.rollout.group_size
-    if run.step and not all(stored.has(*prompt, num) for prompt in prompts):
-        raise UserError(f"{str(stored.cache.root)!r} has lost rollouts of the starting student: start the run again")
+    if run.step:
+        _require_stored(stored, prompts, num)
     judged = [item for answer in await stored.answer(prompts, num) for item in answer]
     by_teacher: dict[str, list[Episode]] = {}
     for episode, _ in judged:
@@ -134,6 +136,12 @@ async def store_rollouts(run: Run) -> None:
     for key, episodes in sorted(by_teacher.items()):
         await run.teachers.by_key[key].score(episodes, run.blocks.top_k)
     runtime.barrier()
+
+
+def _require_stored(stored: Demonstrator, prompts: Sequence[tuple[str, Task]], num: int) -> None:
+    """Whoever is asked after the first step is no longer the starting student, and must not answer in its name."""
+    if not all(stored.has(*prompt, num) for prompt in prompts):
+        raise UserError(f"{str(stored.cache.root)!r} has lost rollouts of the starting student: start the run again")
 
 
 _SOURCES: dict[str, Collect] = {

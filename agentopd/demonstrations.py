@@ -27,12 +27,14 @@ class Demonstrator:
     cache: RolloutCache
     options: RolloutOptions
     seed: int
+    keep_unjudged: bool = False
+    """Keep also what the machinery broke or could not judge: for an actor that cannot be asked again later."""
 
     async def answer(self, prompts: Sequence[tuple[str, Task]], num: int = 1) -> list[list[Judged]]:
         """``num`` judged episodes of every (skill, task), in order; only what the cache lacks is sampled.
 
-        Episodes that the machinery broke or could not judge are returned but not kept, so that the next run tries
-        again. Raises ``EngineError``.
+        Episodes that the machinery broke or could not judge are returned but, without ``keep_unjudged``, not kept, so
+        that the next run tries again. Raises ``EngineError``.
         """
         keys = [self._key(skill, task, num) for skill, task in prompts]
         found = [self.cache.get(key) for key in keys]
@@ -45,7 +47,7 @@ class Demonstrator:
         sampled = await stream_episodes(specs, self.policy.engine, self.policy.renderer, finished, self.options)
         fresh = {digest: sampled[i * num : (i + 1) * num] for i, digest in enumerate(missing)}
         for digest, judged in fresh.items():
-            if all(_usable(item) for item in judged):
+            if self.keep_unjudged or all(_usable(item) for item in judged):
                 self.cache.put(keys[missing[digest]], judged)
         return [fresh[key.digest] if old is None else old for key, old in zip(keys, found, strict=True)]
 

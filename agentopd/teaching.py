@@ -117,7 +117,8 @@ def build_teachers(
             _read_from_disk(config, blocks, policy, teachers, faculty, _offline_root(blocks.source, root))
             cache = RolloutCache(_offline_root(blocks.source, root) / "rollouts")
             start = faculty.identity(RETENTION_TEACHER)
-            teachers.stored_rollouts = _demonstrator(config, policy, start, skills, judge, cache)
+            stored = _demonstrator(config, policy, start, skills, judge, cache)
+            teachers.stored_rollouts = replace(stored, keep_unjudged=True)
     if config.judge is not None:
         teachers.judge = RubricJudge(ChatEndpoint(config.judge, root / "judge"), config.judge)
     if any(blocks.needs_reference for blocks in stages):

@@ -1,15 +1,20 @@
 """Actors other than the student: sampled once, judged, kept; phased and mixed prompts."""
 
 import asyncio
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 
 from agentopd.build import Judge, Policy, load_skills
-from agentopd.collect import phased_prompts, student_answers, unsolved
+from agentopd.collect import collect, phased_prompts, store_rollouts, student_answers, unsolved
 from agentopd.config import SuiteConfig
+from agentopd.config.objective_data import OfflineSource
+from agentopd.config.rollout import RolloutConfig
 from agentopd.contracts import Generation
 from agentopd.demonstrations import Demonstrator
+from agentopd.errors import UserError
 from agentopd.mixture import Drawn
 from agentopd.models import load_tokenizer
 from agentopd.rendering import ChatRenderer, HermesJSON
@@ -112,6 +117,44 @@ def test_what_could_not_be_judged_is_not_kept(renderer, skills, tmp_path, monkey
     ((_, verdict),) = ask(actor, tasks)[0]
     assert verdict.status is VerdictStatus.INFRA_ERROR
     assert not actor.has("math", tasks[0])
+
+
+def test_the_starting_students_rollouts_are_kept_unjudged_and_never_made_up(renderer, tmp_path, monkeypatch):
+    skills = load_skills(
+        SuiteConfig.model_validate({"skills": [{"name": "math", "env": "math", "num_train_tasks": 3}]})
+    )
+    stored = replace(demonstrator(renderer, skills, tmp_path), keep_unjudged=True)
+    tasks = skills["math"].train_tasks(0)
+    judge = stored.judge.verifier("math", tasks[0]).verify
+
+    async def broken_once(task, episode, sandbox):
+        if task.hash == tasks[1].hash:
+            raise RuntimeError("verifier down")
+        return await judge(task, episode, sandbox)
+
+    monkeypatch.setattr(stored.judge.verifier("math", tasks[0]), "verify", broken_once)
+    teachers = SimpleNamespace(stored_rollouts=stored, routes={"math": "t"}, by_key={"t": UnaskedTeacher()})
+    config = SimpleNamespace(seed=0, rollout=RolloutConfig(group_size=2))
+    blocks = SimpleNamespace(top_k=0, source=OfflineSource())
+    run = SimpleNamespace(teachers=teachers, skills=skills, config=config, blocks=blocks, step=0)
+    asyncio.run(store_rollouts(run))
+    assert stored.policy.engine.asked == [6]
+    run.step = 5
+    asyncio.run(store_rollouts(run))
+    prompts = [Drawn("math", task, False) for task in tasks]
+    own, _ = asyncio.run(collect(run, prompts))
+    assert [verdict.status for _, verdict in own[2:4]] == [VerdictStatus.INFRA_ERROR] * 2
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="has lost rollouts of the starting student"):
+        asyncio.run(collect(run, prompts))
+    assert stored.policy.engine.asked == [6]
+
+
+class UnaskedTeacher:
+    """Evidence takes no part here."""
+
+    async def score(self, episodes, top_k):
+        return []
 
 
 def drawn(skills, num):

@@ -93,6 +93,7 @@ def test_stored_evidence_equals_online_evidence_at_the_first_step(one_skill, sma
     offline = run(one_skill, small("train.steps=1", "objective.preset=lightning_opd", *more, name="offline"))
     config = load_run_config(one_skill, small("objective.preset=lightning_opd", *more, name="again"))
     live = Run.start(config)
+    assert live.teachers.stored_rollouts.keep_unjudged
     rollouts = [path.read_text().splitlines()[1] for path in (offline / "offline/rollouts").rglob("*.jsonl")]
     from agentopd.types import Episode
 
