@@ -30,7 +30,7 @@ class RolloutWorker:
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=ATTENTION)
         self._model = model.eval().to(default_device())
         self._engine = HFEngine(self._model, batch_size, turn_cache_mb=turn_cache_mb)
-        self._version = -1
+        self._push = 0
         self._turn = asyncio.Lock()
 
     async def start(self) -> None:
@@ -39,13 +39,16 @@ class RolloutWorker:
     async def ping(self) -> None:
         """It lives."""
 
-    async def generate(self, version: int, weights: Sequence[Any], requests: list[GenerationRequest]) -> Any:
-        """Continuations in order; ``weights`` holds the reference to those of ``version``."""
+    async def generate(self, push: int, version: int, weights: Sequence[Any], requests: list[GenerationRequest]) -> Any:
+        """Continuations in order; ``weights`` holds the reference to those of ``push``, which go by ``version``.
+
+        A guard that rolls back pushes other weights under the version of those it discards.
+        """
         async with self._turn:
-            if version != self._version:
+            if push != self._push:
                 self._model.load_state_dict(await weights[0], strict=False)
                 self._engine.sync_weights(version)
-                self._version = version
+                self._push = push
             return await self._engine.generate(requests)
 
     async def aclose(self) -> None:
@@ -72,14 +75,16 @@ class RayEngine:
         arguments = (model.config, next(model.parameters()).dtype, rollout.batch_size, rollout.turn_cache_mb)
         self._pool = ActorPool(RolloutWorker, arguments, placement, config, EngineError)
         self._homes: dict[str, int] = {}
+        self._pushes = 1
         self._weights = self._put()
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """One continuation per request, in order."""
-        version, weights, shares = self.weight_version, [self._weights], self._shared_out(requests)
+        current = (self._pushes, self.weight_version, [self._weights])
+        shares = self._shared_out(requests)
         answers = await asyncio.gather(
             *(
-                self._pool.call("generate", version, weights, [requests[i] for i in members], home=home)
+                self._pool.call("generate", *current, [requests[i] for i in members], home=home)
                 for home, members in shares.items()
             )
         )
@@ -95,6 +100,7 @@ class RayEngine:
     def sync_weights(self, version: int) -> dict[str, float]:
         """Put the learner's weights where workers fetch them; requests from here on are sampled from these."""
         self._weights = self._put()
+        self._pushes += 1
         self.weight_version = version
         self._homes.clear()
         return {}
