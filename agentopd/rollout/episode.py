@@ -131,7 +131,7 @@ class EpisodeRun:
     async def _turns(self, env: Environment) -> StopReason:
         task = self.spec.task.student_view()
         context = EpisodeContext(self.spec.seed, random.Random(self.spec.seed), self.options.sandbox)
-        messages = await self._environment("reset", env.reset(task, context))
+        messages = await self._reset(env, task, context)
         with self._attributed("tool_schemas"):
             self.tools = self.spec.env_cls.tool_schemas(task)
         self.prompt_ids = self.actor.open(messages, self.tools)
@@ -154,6 +154,13 @@ class EpisodeRun:
                 self._amend(observation_ids=tuple(observation))
                 token_ids += observation
         return StopReason.MAX_TURNS
+
+    async def _reset(self, env: Environment, task: Task, context: EpisodeContext) -> Sequence[Message]:
+        """The opening messages. A reset that outlasts the wall limit is a fault: the student has not done anything."""
+        try:
+            return await self._environment("reset", env.reset(task, context))
+        except _WallTimeSpent:
+            raise EnvironmentFault(f"{self._where('reset')} took more than {task.limits.wall_s:g} s") from None
 
     async def _act(self, index: int, token_ids: list[int]) -> StopReason | None:
         """Let the actor take a turn, record it, append its ids; returns why the episode ends here, if it does."""

@@ -40,6 +40,8 @@ class CounterEnvironment:
     async def reset(self, task: Task, ctx: EpisodeContext) -> tuple[Message, ...]:
         self.task, self.context = task, ctx
         self.broken = set(task.public.get("broken", ()))
+        if "slow" in self.broken:
+            await asyncio.sleep(30)
         if "constructor" in self.broken or "reset" in self.broken:
             raise RuntimeError("reset broke")
         return task.prompt

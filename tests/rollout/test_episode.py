@@ -196,6 +196,13 @@ def test_wall_time_of_the_environment(make_task: MakeTask, counter: type[Any], t
     assert episode.final_state == {"total": 0} and counter.opened[0].closed == 1
 
 
+def test_a_reset_beyond_the_wall_limit_is_a_fault(make_task: MakeTask, counter: type[Any], talk: Talk) -> None:
+    episode = play(make_task(limits=Limits(wall_s=0.05), broken=["slow"]), counter, talk(add(1)))
+    assert episode.stop_reason is StopReason.ENV_ERROR and episode.turns == ()
+    assert episode.error == "environment 'counter', reset of task 't' took more than 0.05 s"
+    assert counter.opened[0].closed == 1
+
+
 def test_an_environment_timeout_error_is_its_own_fault(make_task: MakeTask, counter: type[Any], talk: Talk) -> None:
     class Impatient(counter):  # type: ignore[misc]
         async def step(self, action: AssistantTurn) -> StepResult:
