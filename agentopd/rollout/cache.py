@@ -63,7 +63,8 @@ class RolloutCache:
         path = self.path(key)
         if not path.is_file():
             return None
-        head, *rest = path.read_text().splitlines()
+        with path.open() as file:  # whose lines end at line feeds alone: JSON leaves U+2028 and its like as they are
+            head, *rest = file
         try:
             if RolloutKey.model_validate_json(head) != key:
                 raise UserError(f"{path} holds the rollouts of another key; delete it")

@@ -57,6 +57,14 @@ def test_a_bad_row_is_named_by_its_line(monkeypatch, tmp_path):
         list(MathEnvironment.load_tasks("train", "gsm8k", None, 0))
 
 
+def test_only_a_line_feed_ends_a_row(monkeypatch, tmp_path):
+    row = {"id": "a", "question": "1 +\u20281?", "answer": "2\n#### 2", "final": "2"}
+    monkeypatch.setenv("AGENTOPD_DATA", str(tmp_path))
+    (tmp_path / "gsm8k_dev.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (task,) = MathEnvironment.load_tasks("train", "gsm8k", None, 0)
+    assert "1 +\u20281?" in task.prompt[-1].content
+
+
 def test_bfcl_schemas_become_json_schema():
     theirs = {
         "type": "dict",

@@ -90,6 +90,14 @@ def test_a_line_that_is_not_json_is_named(described, tmp_path):
         load(source)
 
 
+@pytest.mark.parametrize("space", ["\u2028", "\u2029", "\x85"])
+def test_only_a_line_feed_ends_a_row(described, tmp_path, space):
+    source = described('[splits]\ntrain = "sums.jsonl"\n' + COLUMNS)
+    row = {"info": {"question": f"one{space}two?"}, "final": 3}
+    (tmp_path / "sums.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert f"one{space}two?" in load(source)[0].prompt[-1].content
+
+
 def test_an_environment_that_reads_no_rows_says_so(described):
     with pytest.raises(ConfigError, match="'tool_use' reads no rows"):
         load(described(), env=ToolUseEnvironment)

@@ -41,6 +41,15 @@ def test_what_is_put_comes_back_to_the_last_digit(tmp_path):
     assert not list(tmp_path.rglob(".partial-*"))
 
 
+@pytest.mark.parametrize("text", ["x\u2028y", "x\u2029y", "x\x85y", "x\x0cy", "x\ny\r\nz"])
+def test_no_character_of_a_turn_ends_a_line(text, tmp_path):
+    episode, verdict = JUDGED
+    (turn,) = episode.turns
+    judged = (episode.model_copy(update={"turns": (turn.model_copy(update={"text": text}),)}), verdict)
+    RolloutCache(tmp_path).put(KEY, [judged, JUDGED])
+    assert RolloutCache(tmp_path).get(KEY) == [judged, JUDGED]
+
+
 @pytest.mark.parametrize("field", list(RolloutKey.model_fields))
 def test_every_field_is_part_of_the_address(field, tmp_path):
     value = getattr(KEY, field)

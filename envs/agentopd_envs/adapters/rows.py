@@ -126,11 +126,12 @@ def _rows(config: DataConfig, path: Path, place: str) -> Sequence[JSON]:
 def _json_lines(file: Path, changed_ns: int) -> Sequence[JSON]:
     """The lines of a file, kept for as long as it does not change."""
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as exc:
-            raise TaskError(f"{file}, line {number} is not JSON: {exc}") from None
+    with file.open(encoding="utf-8") as lines:  # not splitlines, which also ends a line inside a string, at U+2028
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as exc:
+                raise TaskError(f"{file}, line {number} is not JSON: {exc}") from None
     return rows
 
 

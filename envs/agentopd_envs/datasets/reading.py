@@ -50,11 +50,12 @@ def locate(file: str) -> Path:
 @cache
 def _read(path: Path, model: type[R]) -> tuple[R, ...]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(model.model_validate_json(line))
-        except ValidationError as exc:
-            first = exc.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise TaskError(f"{path}, line {number}: {where}: {first['msg']}") from None
+    with path.open(encoding="utf-8") as lines:  # not splitlines, which also ends a line inside a string, at U+2028
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(model.model_validate_json(line))
+            except ValidationError as exc:
+                first = exc.errors()[0]
+                where = ".".join(str(part) for part in first["loc"])
+                raise TaskError(f"{path}, line {number}: {where}: {first['msg']}") from None
     return tuple(rows)
