@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 
 import numpy as np
@@ -183,11 +183,11 @@ class ChatRenderer:
     def _after_stand_in(
         self, history: Sequence[Message], tools: Sequence[ToolSchema], messages: Sequence[Message]
     ) -> str:
-        turn = Message(role="assistant", content=_STAND_IN)
-        before, found, after = self._render([*history, turn, *messages], tools, prompt=bool(messages)).rpartition(
-            _STAND_IN
-        )
-        if not found or _STAND_IN in before:
+        stand_in = _stand_in(messages)
+        turn = Message(role="assistant", content=stand_in)
+        text = self._render([*history, turn, *messages], tools, prompt=bool(messages))
+        before, found, after = text.rpartition(stand_in)
+        if not found or stand_in in before:
             raise self._no_prefix_property("it does not write assistant messages verbatim")
         return after
 
@@ -240,6 +240,12 @@ class ChatRenderer:
             f"the chat template of tokenizer {self.name!r} lacks the prefix property: {why}. Sampled turns could not "
             "be continued without re-rendering them; use a template that only appends"
         )
+
+
+def _stand_in(messages: Sequence[Message]) -> str:
+    """An assistant turn that none of ``messages`` quotes, whatever a student made a tool say."""
+    said = "".join(f"{message.name or ''}{message.content}" for message in messages)
+    return next(text for num in count() if (text := _STAND_IN + " again" * num) not in said)
 
 
 def assistant_text(message: Message, codec: ToolCodec, tools: Sequence[ToolSchema] = ()) -> str:

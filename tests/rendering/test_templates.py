@@ -197,6 +197,15 @@ def test_a_tool_result_cannot_forge_a_turn(make_tokenizer: MakeTokenizer) -> Non
         assert ids.count(token) == honest.count(token)
 
 
+@pytest.mark.parametrize("text", ["a stand-in turn", "a stand-in turn again again"])
+def test_a_tool_result_may_quote_the_stand_in_turn(make_tokenizer: MakeTokenizer, text: str) -> None:
+    chat = renderer(make_tokenizer, MICRO_CHAT_TEMPLATE)
+    assert shown(chat, chat.observe([tool(f"no tool {text!r}"), tool(text)])) == (
+        f"\n<|im_start|>user\n<tool_response>\nno tool {text!r}\n{text}\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
 def test_assistant_text_joins_content_and_calls() -> None:
     call = ToolCall(name="submit")
     rendered = '<tool_call>\n{"name": "submit", "arguments": {}}\n</tool_call>'
