@@ -38,7 +38,7 @@ class ServedTeacher:
         self.name = name
         self._config = config
         self._address = Address.parse(config.base_url, f"teachers.{name}.base_url")
-        about = json.loads(asyncio.run(self._patiently("GET", "/about", b"")))
+        about = self._about()
         self.max_top_k: int | None = about["max_top_k"]
         self.model: str = about["model"]
         """Digest of its weights."""
@@ -47,6 +47,17 @@ class ServedTeacher:
                 f"teacher {name!r} at {config.base_url} and the student disagree on token ids: serve a model with the "
                 "student's tokenizer"
             )
+
+    def _about(self) -> dict[str, Any]:
+        """What the server says of itself. Raises ``ConfigError`` where something else than a teacher answers."""
+        try:
+            about = json.loads(asyncio.run(self._patiently("GET", "/about", b"")))
+            return {key: about[key] for key in ("max_top_k", "model", "vocabulary")}
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"teachers.{self.name}.base_url {self._config.base_url!r} answers, and not as a teacher does: give the "
+                "address that `agentopd serve` prints"
+            ) from None
 
     async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
         """Evidence of each episode, in order. Raises ``TeacherError`` for unusable answers and an endless outage."""

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,30 @@ def test_another_vocabulary_is_refused(local, serve):
         ServedTeacher("far", config, "other ids")
     with pytest.raises(ConfigError, match="write http://HOST:PORT"):
         ServedTeacher("far", ServedTeacherConfig(base_url="far:1"), "ids")
+
+
+@pytest.mark.parametrize("body", [b"<html>hello</html>", b"\xff", b"[1]", b'{"model": "weights"}'])
+def test_what_is_no_teacher_is_told_by_its_address(body):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        try:
+            with pytest.raises(ConfigError, match=f"teachers.far.base_url '{address}' .*`agentopd serve` prints"):
+                ServedTeacher("far", ServedTeacherConfig(base_url=address), "ids")
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @given(st.integers(0, 20), st.integers(0, 9), st.integers(0, 2**32 - 1))
