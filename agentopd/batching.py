@@ -380,7 +380,8 @@ def _slots(tables: Sequence[Array], unused: float, dtype: type[np.generic]) -> T
 
 def _prompt_counts(scored: Sequence[ScoredEpisode], rows: Mapping[int, _Row], skills: tuple[str, ...]) -> Tensor:
     """Prompts of each skill that the anchor answers, and all that were judged (2, S)."""
-    tried = {x.episode.task_hash: x.episode.skill for x in scored if not x.anchor and x.verdict.outcome is not None}
+    students = [x.episode for x in scored if not x.anchor and x.verdict.outcome is not None]
+    tried = {(episode.group_id, episode.task_hash): episode.skill for episode in students}
     anchored = [scored[index].episode.skill for index in rows if scored[index].anchor]
     counts = [[found.count(name) for name in skills] for found in (anchored, list(tried.values()))]
     return torch.tensor(counts, dtype=torch.float64)

@@ -170,7 +170,8 @@ def _options(run: Run) -> RolloutOptions:
 
 
 def _group(run: Run, item: Drawn, copies: int) -> list[EpisodeSpec]:
-    group = f"{run.step}/{item.skill}/{item.task.id}"
+    draw = f"{run.step}+{item.nth}" if item.nth else str(run.step)
+    group = f"{draw}/{item.skill}/{item.task.id}"
     return [
         EpisodeSpec(
             task=item.task,

@@ -321,6 +321,12 @@ def test_gold_of_one_unsolved_prompt_weighs_as_one_prompt():
     assert_close(batch.anchor_scale_N, torch.where(beside, 0.5 / 7, 0.0))
     whole = build([*students, gold], objective("verifier_calibrated", anchor={"kind": "gold_nll"}))
     assert_close(whole.anchor_scale_N, torch.where(beside, 1 / 7, 0.0))
+    # A task drawn twice is two prompts, each with its gold.
+    again, more = item(0.0, group="second", task_hash="hard"), [gold, gold]
+    twice = build(
+        [*students, again, *more], objective("verifier_calibrated", anchor={"kind": "gold_nll", "prompts": "unsolved"})
+    )
+    assert_close(twice.anchor_scale_N, torch.where(twice.row_N >= 5, 2 / 3 / 14, 0.0))
 
 
 def test_rows_beside_the_students_do_not_move_the_group():

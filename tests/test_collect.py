@@ -10,8 +10,10 @@ from agentopd.build import Judge, load_skills
 from agentopd.collect import collect
 from agentopd.config import SuiteConfig
 from agentopd.config.objective import Blocks
+from agentopd.config.retention import ReplayConfig
 from agentopd.config.rollout import RolloutConfig
-from agentopd.mixture import Drawn
+from agentopd.evaluate import stable_seed
+from agentopd.mixture import Drawn, Mixture, TaskStream
 from agentopd.models import load_tokenizer
 from agentopd.rendering import ChatRenderer, HermesJSON
 
@@ -55,3 +57,18 @@ def test_an_episode_is_judged_on_its_own_skills_task(gold_run, tmp_path):
     assert len({item.task.id for item in drawn}) == 2
     _, judged = asyncio.run(collect(gold_run(skills), drawn))
     assert [(episode.skill, verdict.outcome) for episode, verdict in judged] == [(item.skill, 1.0) for item in drawn]
+
+
+def test_a_task_drawn_twice_in_a_batch_has_two_groups(gold_run, tmp_path):
+    skills = named_alike(tmp_path, {"easy": ("4", "6", "8")})
+    configs = [skill.config for skill in skills.values()]
+    streams = {name: TaskStream(skill.env, skill.config, 0) for name, skill in skills.items()}
+    drawn = Mixture(streams, configs, ReplayConfig(share=0)).draw(8)
+    _, judged = asyncio.run(collect(gold_run(skills), drawn))
+    episodes = [episode for episode, _ in judged]
+    assert [len({getattr(item, key) for item in episodes}) for key in ("task_hash", "group_id", "id", "seed")] == [
+        3, 8, 8, 8,
+    ]  # fmt: skip
+    for episode in episodes[:3]:
+        assert episode.group_id == f"0/easy/{episode.task_id}"
+        assert episode.seed == stable_seed("train", 0, episode.group_id, 0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count, islice
 from typing import Any
 
@@ -117,6 +118,8 @@ class Drawn:
     replay: bool
     again: bool = False
     """Whether the student tried this task before and did not solve it."""
+    nth: int = 0
+    """How often its task comes before it in the batch: an epoch may end, and the next one begin, inside a batch."""
 
 
 class CoresetStream:
@@ -265,7 +268,7 @@ class Mixture:
             name = max(active, key=lambda skill: self._credits[skill])
             self._credits[name] -= 1.0
             counts[name] += 1
-        return [item for name in active for item in self._take(name, counts[name])]
+        return list(_counted(item for name in active for item in self._take(name, counts[name])))
 
     def record(self, drawn: Sequence[Drawn], tried: Set[str], solved: Set[str]) -> None:
         """Tell which of the prompts ``drawn`` the student tried and which it solved, by their tasks' hashes."""
@@ -322,3 +325,11 @@ class Mixture:
     def _wanted(self) -> dict[str, float]:
         start = max(self._replay.min_share, self._replay.share / len(self._old))
         return {name: self.budgets.get(name, start) for name in self._old}
+
+
+def _counted(drawn: Iterable[Drawn]) -> Iterator[Drawn]:
+    """The prompts of a batch, each with its ``nth``."""
+    seen: Counter[tuple[str, str]] = Counter()
+    for item in drawn:
+        yield replace(item, nth=seen[item.skill, item.task.id])
+        seen[item.skill, item.task.id] += 1
