@@ -46,6 +46,11 @@ class LogSoftmax:
         """Log-probs at some ids (c, I)."""
         return self.logits.gather(1, ids_cI).to(self.log_total_c1.dtype) - self.log_total_c1
 
+    def at_any(self, ids_cI: Tensor) -> Tensor:
+        """The same at ids of a larger vocabulary (c, I): -inf for those beyond this one."""
+        num_ids = self.logits.shape[1]
+        return self.at(ids_cI.clamp(max=num_ids - 1)).masked_fill(ids_cI >= num_ids, -torch.inf)
+
     def everywhere(self) -> Tensor:
         """All of them (c, V), in memory of their own."""
         return self.logits.to(self.log_total_c1.dtype) - self.log_total_c1
@@ -80,10 +85,10 @@ def output_head(model: Any, vocab_size: int | None = None) -> Head:
 def head_logprobs(
     hidden_NH: Tensor, head: Head, target_N: Tensor, ids_NK: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Full-vocabulary log-probs in fp32 at the target (N,) and at ``ids_NK`` (N, K)."""
+    """Full-vocabulary log-probs in fp32 at the target (N,) and at ``ids_NK`` (N, K); -inf for ids beyond the head's."""
     ids, chunk = torch.cat([target_N[:, None], ids_NK], dim=1), chunk or chunk_size(head)
     pairs = zip(torch.split(hidden_NH, chunk), torch.split(ids, chunk), strict=True)
-    found = torch.cat([LogSoftmax(head.logits(hidden)).at(some) for hidden, some in pairs])
+    found = torch.cat([LogSoftmax(head.logits(hidden)).at_any(some) for hidden, some in pairs])
     return found[:, 0], found[:, 1:]
 
 
@@ -91,13 +96,13 @@ def head_logprobs(
 def head_topk(
     hidden_NH: Tensor, head: Head, target_N: Tensor, k: int, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of the target (N,), and the k most likely ids with their log-probs (N, k), in fp32."""
+    """Log-prob of the target (N,), -inf beyond the head's ids, and the k most likely ids with theirs (N, k); fp32."""
     logprobs, ids, topk = [], [], []
     chunk = chunk or chunk_size(head)
     for hidden, target in zip(torch.split(hidden_NH, chunk), torch.split(target_N, chunk), strict=True):
         found = LogSoftmax(head.logits(hidden))
         indices = found.logits.topk(k, dim=-1).indices
-        logprobs.append(found.at(target[:, None])[:, 0])
+        logprobs.append(found.at_any(target[:, None])[:, 0])
         ids.append(indices)
         topk.append(found.at(indices))
     return torch.cat(logprobs), torch.cat(ids), torch.cat(topk)

@@ -27,8 +27,9 @@ class LocalTeacher:
     """Scores episodes with a Hugging Face causal LM, in length-sorted batches of ``batch_tokens`` padded tokens.
 
     ``vocab_size`` is the number of ids shared with the student: rows a checkpoint pads its vocabulary with are left
-    out before the softmax. The model is used as it is (its device and dtype), without gradients. ``keep_hidden`` adds
-    its last hidden states to the evidence, for a learner that compares whole distributions with ``head``.
+    out before the softmax, and have the log-prob -inf where an episode or a candidate names one. The model is used as
+    it is (its device and dtype), without gradients. ``keep_hidden`` adds its last hidden states to the evidence, for a
+    learner that compares whole distributions with ``head``.
     """
 
     def __init__(

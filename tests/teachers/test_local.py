@@ -80,6 +80,18 @@ def test_padding_rows_of_the_vocabulary_take_no_mass(model):
     np.testing.assert_allclose(np.exp(found.topk_logprobs).sum(-1), 1, atol=1e-5)
 
 
+def test_padding_rows_are_impossible_where_the_student_samples_or_proposes_them(model):
+    teacher, fine, odd = LocalTeacher("toy", model, vocab_size=60), episode(1, vocab_size=60), episode(0, vocab_size=60)
+    first = odd.turns[0].model_copy(update={"token_ids": (61, *odd.turns[0].token_ids[1:])})
+    odd = odd.model_copy(update={"turns": (first, *odd.turns[1:])})
+    found = score(teacher, [fine, odd], 4)
+    assert np.isneginf(found[1].teacher_logprobs).tolist() == [True] + [False] * 6
+    (alone,) = score(teacher, [fine], 4)
+    np.testing.assert_allclose(found[0].teacher_logprobs, alone.teacher_logprobs, atol=1e-5)
+    (candidates,) = asyncio.run(teacher.score_ids([fine], [np.tile([5, 60, 63], (7, 1))]))
+    assert np.isneginf(candidates).tolist() == [[False, True, True]] * 7
+
+
 def test_an_episode_without_samples_has_empty_evidence(model):
     found = score(LocalTeacher("toy", model), [episode(0, sizes=()), episode(1)], 4)
     assert found[0].teacher_logprobs.shape == (0,)
