@@ -240,7 +240,8 @@ def mask_reasons(item: ScoredEpisode, objective: Blocks, classes: Sequence[Token
     if masks.suffix == "bic" and objective.needs_teacher and not item.anchor and not all(reasons):
         if item.evidence is None or item.evidence.candidate_logprobs is None:
             raise TeacherError(f"episode {episode.id!r}: no teacher log-probs of the student's candidates")
-        hide("suffix", fade_from(margins(item.evidence.candidate_logprobs), _segments(classes), masks.suffix_min_keep))
+        margin = margins(item.evidence.candidate_logprobs[:, : masks.suffix_top_k])
+        hide("suffix", fade_from(margin, _segments(classes), masks.suffix_min_keep))
     return reasons
 
 
@@ -289,7 +290,9 @@ def _views(item: ScoredEpisode, objective: Blocks, part: Array, anchored: bool) 
         if objective.top_k:
             shared = overlap(torch.from_numpy(chosen[0]), torch.from_numpy(ids)).numpy()
         if isinstance(objective.divergence, CandidatesPG):
-            ids, topk = candidate_table((ids, topk), chosen, objective.divergence.support)
+            k = objective.divergence.top_k  # masks and anchors may have asked for more
+            theirs, own = (ids[:, :k], topk[:, :k]), (chosen[0][:, :k], chosen[1][:, :k])
+            ids, topk = candidate_table(theirs, own, objective.divergence.support)
     hidden = no_hidden
     if objective.needs_full_vocabulary and part.any():
         if evidence.hidden is None or len(evidence.hidden) != n:

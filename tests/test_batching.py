@@ -367,6 +367,23 @@ def test_the_suffix_is_left_to_the_student_where_the_margin_falls():
     assert batch.metrics["batch/masked_suffix"] == 12
 
 
+def test_candidates_and_the_suffix_mask_each_read_their_own_k():
+    def given(k):
+        chosen = np.tile(np.arange(10, 10 + k), (24, 1))
+        second = np.repeat([3, 3.1, 2.9, 3, 1, 1.1, 0.9, 1], 3)[:, None]
+        logprobs = np.concatenate([np.full((24, 1), -1.0), -1 - second, np.full((24, 2), -1.5)], 1)[:, :k]
+        return {"candidate_ids": chosen, "candidate_logprobs": logprobs.astype(np.float32)}
+
+    turns = tuple((11, 12, 13) for _ in range(8))
+    wide = objective("rethink_opd", divergence={"top_k": 4}, masks={"suffix": "bic", "suffix_top_k": 2})
+    assert wide.student_top_k == 4
+    batch = build([item(turns=turns, evidence=evidence(24, k=4, **given(4)))], wide)
+    assert batch.metrics["batch/masked_suffix"] == 12
+    wide = objective("rethink_opd", divergence={"top_k": 2}, masks={"suffix": "bic", "suffix_top_k": 4})
+    batch = build([item(turns=turns, evidence=evidence(24, k=2, **given(4)))], wide)
+    assert batch.teacher_topk_ids_NK.shape == (24, 2)
+
+
 def test_a_looping_tail_can_be_hidden_from_the_teacher():
     looping = item(turns=((9, 8, *[11, 12] * 30),))
     batch = build([looping], objective("opd", masks={"repetition": "mask"}))

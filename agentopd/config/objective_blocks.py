@@ -119,6 +119,11 @@ class CandidatesPG(Section):
     baseline: bool = False
     """Subtract the support's mean reward and divide by its mass: the renormalised reverse KL's gradient, exactly."""
 
+    @property
+    def width(self) -> int:
+        """Most candidates of a token; those of two top-K stand one after the other."""
+        return 2 * self.top_k if self.support in ("union", "symmetric_difference") else self.top_k
+
 
 Divergence = Annotated[
     NoDivergence

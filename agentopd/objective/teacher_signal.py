@@ -72,8 +72,13 @@ def _whole(streams: Streams, objective: Blocks) -> Tensor:
 def _candidates(streams: Streams, objective: Blocks) -> Tensor:
     divergence, stabiliser, batch = objective.divergence, objective.stabiliser, streams.batch
     assert isinstance(divergence, CandidatesPG)
+    width = divergence.width
     loss_N = candidate_loss(
-        streams.topk_logprobs_NK, streams.old_topk_NK, batch.teacher_topk_logprobs_NK, divergence, stabiliser
+        streams.topk_logprobs_NK[:, :width],
+        streams.old_topk_NK[:, :width],
+        batch.teacher_topk_logprobs_NK[:, :width],
+        divergence,
+        stabiliser,
     )
     kept_N = accepted(streams.old_N, batch.rollout_logprobs_N, stabiliser.rejection)
     return torch.where(

@@ -256,6 +256,11 @@ def test_reference_pull_is_added(sample, preset):
     assert_close(pulled.loss - data.loss(preset("opd")).loss, (0.25 * gap.square()).mean())
 
 
+def test_candidates_beyond_the_divergences_own_k_are_not_rewarded(sample, preset):
+    config = preset("rethink_opd", divergence={"top_k": 4, "support": "teacher"})
+    assert_close(sample(k=8).loss(config).loss, sample(k=4).loss(config).loss)
+
+
 @pytest.mark.parametrize(
     ("blocks", "complaint"),
     [
