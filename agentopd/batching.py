@@ -97,7 +97,8 @@ def build_batch(
     ``shares`` maps every skill of the run to its share of the loss; it must hold the same names on every rank, and a
     prompt's whole group must be on one rank. ``all_reduce`` sums a tensor over ranks. An episode whose evidence does
     not fit it, or is not finite on a supervised token, is left out and named in ``quarantined``. Raises
-    ``TeacherError`` where no episode of any rank is left, or evidence is missing altogether.
+    ``TeacherError`` where evidence is missing, or cannot be used, and there is none on any rank that can; a batch that
+    masks and broken environments emptied is no fault of the teacher's.
     """
     skills = tuple(sorted(shares))
     counts = dict.fromkeys(COUNTERS, 0)
@@ -123,7 +124,8 @@ def build_batch(
     metrics = _reduced(counts, all_reduce)
     if metrics["batch/quarantined"] and not metrics["batch/rows"]:
         raise TeacherError(f"no episode of this batch can be trained on: {next(iter(quarantined.values()), metrics)}")
-    if objective.needs_teacher and metrics["batch/episodes"] and not counts_CS[0].any():
+    lost = metrics["batch/no_evidence"] + metrics["batch/quarantined"]
+    if objective.needs_teacher and lost and not counts_CS[0].any():
         raise TeacherError(f"the teacher has no token to act on in this batch: {metrics}")
     scales: dict[str, Any] = {**token_scales(batch, parts_CN, counts_CS, shares)}
     if isinstance(objective.anchor, GoldNLL) and objective.anchor.prompts == "unsolved":
@@ -161,12 +163,12 @@ def reason_to_leave_out(item: ScoredEpisode, objective: Blocks) -> str:
     """The counter an episode without any weight goes to; '' where it trains."""
     if item.episode.stop_reason is StopReason.ENV_ERROR:
         return "env_error"
-    read = isinstance(objective.anchor, TeacherForwardKL) if item.anchor else _reads_evidence(objective)
-    if item.evidence is None and read:
-        return "no_evidence"
     if item.episode.stop_reason.truncated and objective.masks.truncated == "drop":
         return "truncated_dropped"
-    return "" if item.episode.num_sampled else "empty"
+    if not item.episode.num_sampled:
+        return "empty"
+    read = isinstance(objective.anchor, TeacherForwardKL) if item.anchor else _reads_evidence(objective)
+    return "no_evidence" if item.evidence is None and read else ""
 
 
 def _reads_evidence(objective: Blocks) -> bool:

@@ -156,6 +156,18 @@ def test_truncated_episodes_follow_their_policy(policy):
         assert batch.truncated_B.tolist() == [False, True]
 
 
+def test_a_batch_that_the_masks_emptied_is_no_fault_of_the_teachers():
+    dropping = {"truncated": "drop"}
+    cut = [item(1.0, stop="max_tokens"), item(0.0, stop="max_tokens", evidence=None), item(turns=(), evidence=None)]
+    batch = build(cut, objective(masks=dropping))
+    assert batch.num_rows == 0
+    assert [batch.metrics[f"batch/{name}"] for name in ("truncated_dropped", "empty", "no_evidence")] == [2, 1, 0]
+    gold = build([*cut, item(anchor=True, evidence=None)], objective("stable_opd", masks=dropping))
+    assert gold.num_rows == 1 and (gold.anchor_scale_N > 0).all()
+    with pytest.raises(TeacherError, match="no token"):
+        build([*cut, item(evidence=None)], objective(masks=dropping))
+
+
 def test_without_certificates_every_token_has_the_episodes_sign():
     assert build([item(0.25)]).sigma_N.tolist() == [-0.5] * 7
 
