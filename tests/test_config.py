@@ -251,11 +251,20 @@ def test_another_preset_drops_the_block_settings_of_the_file(preset):
         ("exopd", ["objective.reference.policy=teacher_base"], "set 'base'"),
         ("sg_opd", ["objective.anchor.off_from=0.1"], "comes before"),
         ("opd", ["rollout.top_p=0.9"], "tis_cap"),
+        ("rethink_opd", ["rollout.temperature=0.7"], "nothing corrects"),
+        ("verifier_calibrated", ["rollout.temperature=2.0"], "stabiliser.max_prob_drop"),
+        ("opd", ["rollout.temperature=0.7", "objective.stabiliser.rejection=2"], "stabiliser.rejection"),
         ("ropd", [], "[judge]"),
     ],
 )
 def test_a_choice_that_lacks_an_input_or_has_no_effect_is_refused(config_file, preset, overrides, needle):
     assert needle in refusal(config_file, f"objective.preset={preset}", *overrides)
+
+
+@pytest.mark.parametrize("preset", ["opd", "topk_opd"])
+def test_another_temperature_is_corrected_for_or_is_no_policy_gradients(config_file, preset):
+    found = load_run_config(config_file, [f"objective.preset={preset}", "rollout.temperature=0.7"])
+    assert found.rollout.temperature == 0.7
 
 
 def test_a_preset_says_what_it_needs():

@@ -173,7 +173,7 @@ class RunConfig(Section):
             self._teachers_suffice(blocks, new)
             if blocks.needs_groups and self.rollout.group_size < 2:
                 raise ValueError("the group-relative advantage needs rollout.group_size >= 2 (it is 1)")
-            self._nucleus_fits(blocks)
+            self._sampler_fits(blocks)
             if blocks.needs_stored_rollouts:
                 self._rollouts_can_be_stored(blocks)
         kinds = {blocks.source.kind for blocks in self.objective.every_stage()}
@@ -254,14 +254,31 @@ class RunConfig(Section):
         if len(list(self.objective.every_stage())) > 1:
             raise ValueError("source 'offline' is a run of its own: it cannot be a stage")
 
-    def _nucleus_fits(self, blocks: Blocks) -> None:
-        """Log-probs of nucleus samples are renormalised inside the nucleus: their ratio to the learner's is biased."""
-        bounds = {key: getattr(blocks.stabiliser, key) for key in ("tis_cap", "rejection", "max_prob_drop")}
-        if self.rollout.top_p < 1 and blocks.has_policy_gradient and any(bounds.values()):
-            name = next(key for key, value in bounds.items() if value)
+    def _sampler_fits(self, blocks: Blocks) -> None:
+        """The learner's log-probs are those of the whole distribution at temperature 1, the sampler's its own.
+
+        In a nucleus their ratio is biased. At another temperature it is the importance weight that corrects for it, and
+        no bound on how far the weights have moved.
+        """
+        rollout, bounds = self.rollout, ("tis_cap", "rejection", "max_prob_drop")
+        on = [key for key in bounds if getattr(blocks.stabiliser, key) is not None]
+        if rollout.top_p < 1 and blocks.has_policy_gradient and on:
             raise ValueError(
-                f"rollout.top_p {self.rollout.top_p} renormalises the sampler's log-probs, and stabiliser.{name} "
-                f"compares them with the learner's: set objective.stabiliser.{name} = 'none', or top_p = 1"
+                f"rollout.top_p {rollout.top_p} renormalises the sampler's log-probs, and stabiliser.{on[0]} "
+                f"compares them with the learner's: set objective.stabiliser.{on[0]} = 'none', or top_p = 1"
+            )
+        if rollout.temperature == 1 or not blocks.has_policy_gradient:
+            return
+        if on and on[-1] != "tis_cap":
+            raise ValueError(
+                f"stabiliser.{on[-1]} compares log-probs of the sampler, at rollout.temperature "
+                f"{rollout.temperature:g}, with the learner's at 1: set objective.stabiliser.{on[-1]} = 'none', or "
+                "temperature = 1"
+            )
+        if not on:
+            raise ValueError(
+                f"at rollout.temperature {rollout.temperature:g} samples are not the policy's, and nothing corrects "
+                "for it: set objective.stabiliser.tis_cap, or temperature = 1"
             )
 
     def _teachers_suffice(self, blocks: Blocks, new: list[SkillConfig]) -> None:
