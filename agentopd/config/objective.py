@@ -131,8 +131,13 @@ class Blocks(Section):
     @property
     def needs_reference(self) -> bool:
         """Whether any block reads reference log-probs."""
+        return self.reference.kl_coef > 0 or self.extrapolates
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether the advantage moves beyond the teacher, away from the reference."""
         boosted = isinstance(self.router, SignGate | CertificateGate) and self.router.extrapolation != 1
-        return self.reference.kl_coef > 0 or self.reference.extrapolation != 1 or boosted
+        return self.reference.extrapolation != 1 or boosted
 
     @property
     def needs_teacher_rollouts(self) -> bool:

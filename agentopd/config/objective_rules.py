@@ -116,6 +116,14 @@ def _routing(blocks: Blocks) -> Iterator[str]:
         yield "router 'asymmetric' splits the policy gradient: set divergence 'sampled_pg'"
     if blocks.reference.extrapolation != 1 and not sampled:
         yield "reference.extrapolation moves the sampled advantage: set divergence 'sampled_pg'"
+    unread = isinstance(router, SignGate | CertificateGate) and router.fallback != "preserve"
+    if blocks.reference.extrapolation != 1 and unread:
+        yield (
+            f"reference.extrapolation is read by fallback 'preserve' of router {router.kind!r} alone: set "
+            "router.extrapolation instead, or that fallback"
+        )
+    if isinstance(router, AsymmetricRouter) and isinstance(blocks.divergence, SampledPG) and blocks.divergence.discount:
+        yield "divergence.discount sums margins, and router 'asymmetric' takes each token alone: leave discount out"
     judged = isinstance(router, CertificateGate | CalibratedRouter | OutcomeRouter)
     if judged and blocks.source.kind in ("gold", "teacher"):
         yield f"router {router.kind!r} reads verdicts on the student's samples: set source 'student'"
@@ -130,6 +138,8 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
         idle += [("stabiliser", key, "teacher term") for key in _TEACHER_KEYS]
         idle += [("weights", key, "teacher term") for key in Weights.model_fields]
         idle += [("masks", key, "teacher term") for key in Masks.model_fields if key != "truncated"]
+        if blocks.masks.truncated == "mask_tail":
+            yield "masks.truncated 'mask_tail' hides tokens from the teacher term, and there is none: keep, or drop"
     for section, key, term in idle:
         found = getattr(blocks, section)
         if getattr(found, key) != type(found).model_fields[key].default:
@@ -140,27 +150,38 @@ def _without_effect(blocks: Blocks) -> Iterator[str]:
         yield "anchor.prompt_share and filter_correct choose rollouts beside the student's; here source decides"
     if blocks.source.kind == "gold" and isinstance(blocks.anchor, GoldNLL) and _moved(blocks.anchor, "prompts"):
         yield "anchor.prompts chooses among the student's prompts, and source is 'gold': leave it out"
-    if stabiliser.phi == "off" and _moved(stabiliser, "phi_scale", "phi_target"):
-        yield "stabiliser.phi_scale and phi_target belong to phi, which is 'off': leave them out"
-    if stabiliser.phi != "off" and stabiliser.phi_target != "anchor" and not isinstance(blocks.divergence, SampledPG):
-        yield "stabiliser.phi weighs the sampled advantage: set divergence 'sampled_pg', or phi_target 'anchor'"
-    on_likelihood = blocks.anchor.kind in ("gold_nll", "teacher_nll")
-    if stabiliser.phi != "off" and stabiliser.phi_target != "pg" and not on_likelihood:
-        yield f"stabiliser.phi_target is {stabiliser.phi_target!r}: it weighs a likelihood, and anchor is another kind"
+    yield from _phi(blocks)
     if stabiliser.cap is None and stabiliser.cap_shape != "hard":
         yield "stabiliser.cap_shape bends towards the cap, and cap is off: set it, or leave cap_shape out"
     if masks.suffix == "off" and _moved(masks, "suffix_top_k", "suffix_min_keep"):
         yield "masks.suffix_top_k and suffix_min_keep belong to suffix, which is 'off': leave them out"
     if weights.step_delta is None and weights.step_floor:
         yield "weights.step_floor belongs to step_delta, which is off: leave it out"
-    if not blocks.needs_reference and _moved(reference, "policy", "span_extrapolation"):
-        yield "reference.policy and span_extrapolation have nothing to act on: set extrapolation or kl_coef"
+    if not blocks.needs_reference and _moved(reference, "policy"):
+        yield "reference.policy has nothing to act on: set extrapolation or kl_coef"
+    if not blocks.extrapolates and _moved(reference, "span_extrapolation"):
+        yield "reference.span_extrapolation bounds an extrapolation, and reference and router have none: leave it out"
     if (
         blocks.verifier.kind != "none"
         and blocks.verifier.coef == 0
         and not isinstance(blocks.router, SignGate | CertificateGate)
     ):
         yield "verifier.coef is 0, and no router reads the advantage: set verifier 'none', or a coefficient"
+
+
+def _phi(blocks: Blocks) -> Iterator[str]:
+    """What phi weighs, and what its keys belong to."""
+    stabiliser = blocks.stabiliser
+    phi, target = stabiliser.phi, stabiliser.phi_target
+    if phi == "off" and _moved(stabiliser, "phi_scale", "phi_target"):
+        yield "stabiliser.phi_scale and phi_target belong to phi, which is 'off': leave them out"
+    elif (phi != "inv_abs" or target == "anchor") and _moved(stabiliser, "phi_scale"):
+        yield f"stabiliser.phi_scale is the c of phi 'inv_abs', and phi of {target!r} is another: leave it out"
+    if phi != "off" and target != "anchor" and not isinstance(blocks.divergence, SampledPG):
+        yield "stabiliser.phi weighs the sampled advantage: set divergence 'sampled_pg', or phi_target 'anchor'"
+    on_likelihood = blocks.anchor.kind in ("gold_nll", "teacher_nll")
+    if phi != "off" and target != "pg" and not on_likelihood:
+        yield f"stabiliser.phi_target is {target!r}: it weighs a likelihood, and anchor is another kind"
 
 
 def _moved(section: Section, *keys: str) -> bool:

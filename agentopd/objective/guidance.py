@@ -20,7 +20,7 @@ from agentopd.objective.masks import most_uncertain
 from agentopd.objective.phi import mean_of, phi, weighted_sums
 from agentopd.objective.routers import route
 from agentopd.objective.streams import Streams
-from agentopd.objective.teacher_signal import teacher_signal
+from agentopd.objective.teacher_signal import pressure, teacher_signal
 from agentopd.objective.trust import budget_scale, cap_scale
 from agentopd.objective.views import Routed, Views
 from agentopd.objective.weights import position_weights, span_weights, step_weights
@@ -58,10 +58,10 @@ def teacher_guidance(streams: Streams, objective: Blocks) -> Guidance:
         phi_N = phi(stabiliser, signal_N, streams.old_N)
         mean = mean_of(weighted_sums(phi_N, scale_N)) if streams.phi_mean is None else streams.phi_mean
         weight_N = weight_N * phi_N / mean
-    cap_N = cap_scale(signal_N, stabiliser.cap, stabiliser.cap_shape)
+    felt_N = pressure(signal_N, streams, objective)
+    cap_N = cap_scale(felt_N, stabiliser.cap, stabiliser.cap_shape)
     weight_N = weight_N * cap_N
-    pressure_N = (weight_N * signal_N.detach()).abs()
-    weight_N = weight_N * budget_scale(pressure_N, batch.row_N, part_N, stabiliser.sequence_budget)
+    weight_N = weight_N * budget_scale((weight_N * felt_N).abs(), batch.row_N, part_N, stabiliser.sequence_budget)
     weight_N = weight_N.detach()
     return Guidance(signal_N, weight_N, scale_N, as_advantage_N, part_N, delta_N, routed, cap_N < 1)
 

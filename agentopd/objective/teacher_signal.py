@@ -17,7 +17,7 @@ from agentopd.config.objective_blocks import (
     TopKReverseKL,
 )
 from agentopd.objective.alignment import segment_logprobs, with_span_slot
-from agentopd.objective.candidates import candidate_loss
+from agentopd.objective.candidates import candidate_loss, candidate_rewards
 from agentopd.objective.discount import discounted
 from agentopd.objective.divergences import forward_kl, k2_direct, kernel
 from agentopd.objective.streams import Streams
@@ -38,6 +38,18 @@ def teacher_signal(streams: Streams, objective: Blocks, routed: Routed, delta_N:
     student_NK, teacher_NK = streams.topk_logprobs_NK[:, :k], streams.batch.teacher_topk_logprobs_NK[:, :k]
     pulled_N = truncated(student_NK, teacher_NK, forward_kl, objective.router.renormalise)
     return torch.where(delta_N > 0, routed.advantage_N.detach(), pulled_N), delta_N > 0
+
+
+def pressure(signal_N: Tensor, streams: Streams, objective: Blocks) -> Tensor:
+    """What cap and budget hold down (N,), in nats, detached: the signal, but that of candidates with a baseline.
+
+    Rewards with a baseline sum to nothing, so their signal is 0 however hard they push: there it is the sum of sizes.
+    """
+    divergence = objective.divergence
+    if not (isinstance(divergence, CandidatesPG) and divergence.baseline):
+        return signal_N.detach()
+    old_NK, teacher_NK = streams.old_topk_NK, streams.batch.teacher_topk_logprobs_NK
+    return candidate_rewards(old_NK[:, : divergence.width], teacher_NK[:, : divergence.width], divergence).abs().sum(-1)
 
 
 def _topk(streams: Streams, objective: Blocks) -> Tensor:

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.errors import ConfigError
 from agentopd.objective import compose
+from agentopd.objective.candidates import candidate_rewards
 from agentopd.objective.guidance import teacher_guidance
 from agentopd.objective.metrics import add_sums, means
 from agentopd.objective.microbatches import split_micro_batches
@@ -259,6 +260,24 @@ def test_reference_pull_is_added(sample, preset):
 def test_candidates_beyond_the_divergences_own_k_are_not_rewarded(sample, preset):
     config = preset("rethink_opd", divergence={"top_k": 4, "support": "teacher"})
     assert_close(sample(k=8).loss(config).loss, sample(k=4).loss(config).loss)
+
+
+@pytest.mark.parametrize(("bound", "most"), [("cap", 0.05), ("sequence_budget", 0.05)])
+def test_bounds_hold_candidates_whose_rewards_sum_to_nothing(sample, preset, bound, most):
+    def config(**settings):
+        return preset(
+            "rethink_opd", divergence={"top_k": 4, "support": "teacher", "baseline": True}, stabiliser=settings
+        )
+
+    data = sample()
+    streams = data.streams
+    reward_NK = candidate_rewards(streams.old_topk_NK, streams.batch.teacher_topk_logprobs_NK, config().divergence)
+    assert data.loss(config()).loss.abs() < 1e-6
+    pressed_N = teacher_guidance(streams, config(**{bound: most})).weight_N * reward_NK.abs().sum(-1)
+    if bound == "sequence_budget":
+        pressed_N = torch.stack([pressed_N[streams.batch.row_N == row].mean() for row in range(3)])
+    assert_close(pressed_N, torch.full_like(pressed_N, most))
+    assert data.grad(config(**{bound: most})).norm() < 0.2 * data.grad(config()).norm()
 
 
 @pytest.mark.parametrize(

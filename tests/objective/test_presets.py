@@ -317,10 +317,10 @@ def test_zero_can_count_as_consensus(sample, preset):
     assert_close(data.grad(gate(preset, gate_zero="consensus")), data.grad(boosted))
 
 
-@pytest.mark.parametrize("mode", ["inv_abs", "chord"])
+@pytest.mark.parametrize("mode", [{"phi": "inv_abs", "phi_scale": 0.5}, {"phi": "chord"}], ids=lambda x: x["phi"])
 def test_phi_has_mean_one_and_leaves_the_gate_alone(sample, preset, mode):
     data = sample(13)
-    phi = preset("sg_opd", stabiliser={"phi": mode, "phi_scale": 0.5})
+    phi = preset("sg_opd", stabiliser=mode)
     found, plain = teacher_guidance(data.streams, phi), teacher_guidance(data.streams, gate(preset))
     assert found.weight_N.mean().item() == pytest.approx(1.0, abs=1e-5)
     assert found.weight_N.std() > 0
