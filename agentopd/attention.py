@@ -9,12 +9,16 @@ in memory instead of being repeated g times. Beyond that there are four cases:
   than that of the fused kernel; the scores of all pairs are held, so only up to ``PLAIN_BELOW`` tokens;
 - everything else: transformers' own ``sdpa``.
 
+Causal attention over whole rows is all there is. A model that asks for more is refused, since its distribution would be
+another one: sinks, capped scores, or a window or chunk that a row is longer than.
+
 Shapes: B rows, H query heads, g of them per key-value head, K key-value heads, Q queries, T keys, D head width; M, b, q
 and t as in ``packing``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,10 +26,12 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from agentopd.errors import ConfigError
 from agentopd.packing import Packed
 
 ATTENTION = "agentopd"
 PLAIN_BELOW = 512
+_UNLIKE = {"s_aux": "sinks", "softcap": "capped scores", "position_bias": "a bias by position"}
 
 
 def grouped_attention(
@@ -35,6 +41,7 @@ def grouped_attention(
 
     With ``packed`` the one row holds packed tokens, and each attends to its own row alone.
     """
+    _refuse_unlike(module, key, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     packed: Packed | None = kwargs.pop("packed", None)
     if packed is not None:
@@ -56,6 +63,29 @@ def grouped_attention(
         return _plain(query * scale, key, value, future).transpose(1, 2), None
     output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
+
+
+def longest_row(config: Any) -> float:
+    """Tokens of a row up to which windows and chunks change nothing: a model's whole rows are then all it sees."""
+    widths = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
+    return min((width for width in widths if width), default=math.inf)
+
+
+def _refuse_unlike(module: torch.nn.Module, key: Tensor, mask: Tensor | None, asked: dict[str, Any]) -> None:
+    """Raise ``ConfigError`` for what the model asks of attention and does not get here."""
+    for name, what in _UNLIKE.items():
+        if asked.get(name) is not None:
+            raise ConfigError(f"the model's attention has {what} ({name}): not supported, choose another model")
+    most = min(asked.get("sliding_window") or math.inf, longest_row(getattr(module, "config", None)))
+    packed: Packed | None = asked.get("packed")
+    tokens = key.shape[2] if packed is None else packed.longest
+    if tokens > most and mask is not None:  # columns of a cache, some of them padding
+        tokens = int((mask if mask.dtype == torch.bool else mask == 0).sum(-1).max())
+    if tokens > most:
+        raise ConfigError(
+            f"a row of {tokens} tokens is longer than the model's attention window of {most:g}: not supported, "
+            "shorten the episodes, or choose another model"
+        )
 
 
 def packed_attention(query_MHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, packed: Packed, scale: float) -> Tensor:

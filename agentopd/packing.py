@@ -49,6 +49,8 @@ class Packed(NamedTuple):
     blocks: tuple[Block, ...]
     place_M: Tensor
     """Which of the blocks' queries, one after another, each packed token is."""
+    longest: int
+    """Tokens of the longest row, cached ones too."""
 
 
 def pack(input_ids_BT: Tensor, lengths: Sequence[int], cached: Sequence[int] = ()) -> Packed:
@@ -85,6 +87,7 @@ def pack(input_ids_BT: Tensor, lengths: Sequence[int], cached: Sequence[int] = (
         index_BT=torch.from_numpy(index_BT).to(device),
         blocks=tuple(Block(*(x.to(device) for x in block)) for block in blocks),
         place_M=torch.from_numpy(place_M).to(device),
+        longest=int((known_B + np.array(lengths)).max()),
     )
 
 

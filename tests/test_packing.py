@@ -5,11 +5,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from agentopd import attention, packing
 from agentopd.attention import ATTENTION
+from agentopd.contracts import GenerationRequest, SamplingParams
 from agentopd.engines.cache import caching, empty_cache, joined, read_row
+from agentopd.engines.hf import HFEngine
+from agentopd.engines.requests import context_limit
+from agentopd.errors import ConfigError
 from agentopd.learner.body import hidden_states, packed_states, packs
 from agentopd.packing import pack
 
@@ -22,6 +37,10 @@ def padded(rows):
     for index, row in enumerate(rows):
         ids_BT[index, : len(row)] = torch.tensor(row)
     return ids_BT
+
+
+def request(ids, room):
+    return GenerationRequest(ids, SamplingParams(max_tokens=room), 0)
 
 
 def qwen(implementation=ATTENTION, dtype=torch.float64):
@@ -93,3 +112,48 @@ def test_which_models_pack_is_found_by_trying():
     recurrent = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, state_size=4))
     recurrent.config._attn_implementation = ATTENTION
     assert not packs(recurrent.eval())
+
+
+SMALL = {
+    "vocab_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1), "sinks"),
+        (Gemma2Config(**SMALL), "capped scores"),
+    ],
+)
+def test_attention_that_is_more_than_causal_is_refused(config, what):
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    with pytest.raises(ConfigError, match=what):
+        hidden_states(model, torch.tensor([[1, 2, 3]]), torch.tensor([0]), torch.tensor([2]))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_row_longer_than_the_window_is_refused_and_a_shorter_one_is_exact(packing, monkeypatch):
+    torch.manual_seed(0)
+    config = MistralConfig(**SMALL, sliding_window=6)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    monkeypatch.setattr("agentopd.learner.body.packs", lambda model: packing)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    fits = hidden_states(model, ids[:, :6], torch.zeros(5, dtype=torch.int64), torch.arange(1, 6))
+    with pytest.raises(ConfigError, match="7 tokens is longer than the model's attention window of 6"):
+        hidden_states(model, ids.expand(2, -1).clone(), torch.tensor([1]), torch.tensor([7]))
+    model.set_attn_implementation("eager")
+    assert_close(fits, model.base_model(input_ids=ids[:, :6]).last_hidden_state[0, :5], **CLOSE)
+
+
+def test_rollouts_stay_inside_the_window():
+    config = MistralConfig(**SMALL, sliding_window=6)
+    assert [context_limit(config, asked) for asked in (None, 4, 9)] == [6, 4, 6]
+    assert context_limit(MistralConfig(**SMALL, sliding_window=None, max_position_embeddings=32), None) == 32
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    engine = HFEngine(model)
+    assert engine.max_context == 6
+    # Together the two rows take more columns of the cache than the window has.
+    asked = [request([1, 2, 3, 4, 5], 1), request([1], 5)]
+    assert [len(made.token_ids) for made in engine.generate_now(asked)] == [1, 5]

@@ -12,7 +12,6 @@ Shapes: B rows, L padded length of the tokens to prefill, T cache columns, V voc
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from transformers.cache_utils import Cache
 from agentopd.attention import ATTENTION
 from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines.cache import TurnCache, caching, empty_cache, joined, read_row
-from agentopd.engines.requests import check_finite, check_fits
+from agentopd.engines.requests import check_finite, check_fits, context_limit
 from agentopd.engines.sampling import UniformStreams, sample
 from agentopd.errors import EngineError, boundary
 from agentopd.learner.body import packed_states, packs
@@ -51,11 +50,9 @@ class HFEngine:
     def __init__(
         self, model: Any, batch_size: int = 256, max_context: int | None = None, turn_cache_mb: int = 1024
     ) -> None:
-        # Below the width of a sliding window, windowed and full attention are the same: stay below it.
-        limit = min(model.config.max_position_embeddings, getattr(model.config, "sliding_window", None) or math.inf)
         self.model = model
         self.batch_size = batch_size
-        self.max_context = int(min(max_context or limit, limit))
+        self.max_context = context_limit(model.config, max_context)
         self.weight_version = 0
         self.turns = TurnCache(turn_cache_mb * 2**20)
         self._weights = threading.Lock()

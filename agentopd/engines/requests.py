@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
+from agentopd.attention import longest_row
 from agentopd.contracts import GenerationRequest
 from agentopd.errors import EngineError
+
+
+def context_limit(config: Any, asked: int | None) -> int:
+    """Tokens that a model's context holds, at most ``asked``: as many as the learner can train on."""
+    return int(min(asked or math.inf, config.max_position_embeddings, longest_row(config)))
 
 
 def check_fits(request: GenerationRequest, max_context: int) -> None:

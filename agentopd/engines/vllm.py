@@ -16,7 +16,7 @@ from agentopd.config.engines import VLLMConfig
 from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines.background import Gate
 from agentopd.engines.canary import Canary
-from agentopd.engines.requests import check_finite, check_fits
+from agentopd.engines.requests import check_finite, check_fits, context_limit
 from agentopd.engines.vllm_process import require_vllm, sampler_args, sampling_args, start
 from agentopd.engines.weight_sync import DiskSync, TransferSync, WeightSync
 from agentopd.errors import ConfigError, EngineError, boundary
@@ -33,8 +33,7 @@ class VLLMEngine:
 
     def __init__(self, model: Any, config: VLLMConfig) -> None:
         require_vllm()
-        limit = model.config.max_position_embeddings
-        self.max_context = int(min(config.max_context or limit, limit))
+        self.max_context = context_limit(model.config, config.max_context)
         self.weight_version = 0
         self._request_ids = count()
         self._on_gpu = next(model.parameters()).device.type == "cuda"

@@ -22,7 +22,7 @@ from agentopd.engines.background import BackgroundLoop, Gate
 from agentopd.engines.canary import Canary
 from agentopd.engines.http import Address, Away
 from agentopd.engines.pool import Pool, Replica, Weights
-from agentopd.engines.requests import check_fits
+from agentopd.engines.requests import check_fits, context_limit
 from agentopd.engines.server_process import ServerProcess
 from agentopd.engines.token_client import Sampled, TokenClient
 from agentopd.engines.vllm_process import environment, flags, require_vllm, sampler_args
@@ -46,8 +46,7 @@ class VLLMServersEngine:
     def __init__(self, model: Any, vllm: VLLMConfig, servers: ServersConfig, module: str = _MODULE) -> None:
         if module == _MODULE and servers.started:
             require_vllm()
-        limit = model.config.max_position_embeddings
-        self.max_context = int(min(vllm.max_context or limit, limit))
+        self.max_context = context_limit(model.config, vllm.max_context)
         self.weight_version = 0
         self._vocab_size: int = model.config.vocab_size
         self._model = model
