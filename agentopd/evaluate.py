@@ -71,11 +71,12 @@ async def evaluate_model(
     judge: Judge,
     config: EvalConfig,
     on_judged: OnJudged = lambda: None,
+    max_malformed: int = RolloutOptions.max_malformed,
 ) -> list[Judged]:
     """Sample and judge ``config.k`` episodes of every task. Ranks share the work; all return all results."""
     specs = eval_specs(tasks, skills, config.k, config.seed)[rank() :: world_size()]
     live = live_options(skills.values())
-    options = RolloutOptions(temperature=config.temperature, sandbox=judge.sandbox, **live)
+    options = RolloutOptions(config.temperature, max_malformed=max_malformed, sandbox=judge.sandbox, **live)
 
     async def finished(spec: EpisodeSpec, episode: Episode) -> Judged:
         verdict = await judge(spec.task, episode)

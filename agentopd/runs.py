@@ -20,7 +20,7 @@ from agentopd.config import RunConfig, dump_toml, load_run_config
 from agentopd.config.objective import Blocks
 from agentopd.config.teachers import TeacherConfig
 from agentopd.contracts import ScoredEpisode
-from agentopd.evaluate import evaluate_model, heldout_tasks, start_kl, summarise
+from agentopd.evaluate import Judged, evaluate_model, heldout_tasks, start_kl, summarise
 from agentopd.evaluation.metrics import EvalResult, SkillScore
 from agentopd.learner import runtime
 from agentopd.learner.deepspeed import DeepSpeedLearner
@@ -233,7 +233,7 @@ class Run:
         """Measure skills (default: all) on held-out tasks, store ``eval/<stage>.json``, inform the replay."""
         config = self.config.eval
         tasks = {name: found for name, found in self.heldout.items() if skills is None or name in skills}
-        judged = await evaluate_model(self.policy, self.skills, tasks, self.judge, config)
+        judged = await self._played(self.policy, tasks)
         kl = None
         if self.teachers.start is not None and self.directory is not None:
             kl = await start_kl(judged, self.teachers.start)
@@ -245,6 +245,11 @@ class Run:
         if self.directory is not None:
             self.directory.save_eval(stage, result)
         return result
+
+    async def _played(self, actor: Policy, tasks: dict[str, list[Task]]) -> list[Judged]:
+        """Judged episodes of held-out tasks; what ends a training episode ends these too."""
+        allowed = self.config.rollout.max_malformed
+        return await evaluate_model(actor, self.skills, tasks, self.judge, self.config.eval, max_malformed=allowed)
 
     def _base_of(self, skill: str) -> SkillScore:
         """The first evaluation of a skill as one to keep."""
@@ -262,7 +267,7 @@ class Run:
                 if skill.config.role == "new" and self.teachers.routes.get(n) == key
             ]
             tasks = {name: self.heldout[name] for name in taught}
-            judged += await evaluate_model(actor, self.skills, tasks, self.judge, self.config.eval) if tasks else []
+            judged += await self._played(actor, tasks) if tasks else []
         if not judged:
             return None
         result = summarise(judged, "teacher", self.config.eval.k, seed=self.config.eval.seed)

@@ -12,6 +12,7 @@ import pytest
 from agentopd.commands import _train
 from agentopd.config import load_run_config
 from agentopd.console import make_console
+from agentopd.contracts import Generation
 from agentopd.env_commands import What, envs_validate
 from agentopd.errors import UserError
 from agentopd.runs import Run
@@ -55,6 +56,21 @@ def test_a_run_leaves_everything_a_reader_needs(quickstart, small):
         assert any(reason == "special" for reason in item.mask_reasons)
         assert all(not w for w, reason in zip(item.weights, item.mask_reasons, strict=True) if reason)
         assert len(item.agreement) == len(item.old_logprobs) == item.episode.num_sampled
+
+
+def test_malformed_calls_end_evaluations_as_they_end_training(quickstart, small, monkeypatch):
+    started = Run.start(load_run_config(quickstart, small("rollout.max_malformed=1")))
+    policy, asked = started.policy, []
+    said = tuple(policy.renderer.encode_turn("<tool_call>{</tool_call>"))
+
+    async def generate(requests):
+        asked.extend(requests)
+        return [Generation(said, (-0.5,) * len(said), "stop") for _ in requests]
+
+    monkeypatch.setattr(policy.engine, "generate", generate)
+    asyncio.run(started.evaluate("base", ["store"]))
+    assert len(asked) == len(started.heldout["store"]) == 4
+    asyncio.run(started.aclose())
 
 
 @pytest.mark.parametrize("example", ["my_env.py:Thermostat", "my_question.py:Backwards"])
