@@ -18,6 +18,7 @@ from agentopd.evaluate import Judged, stable_seed
 from agentopd.learner import runtime
 from agentopd.mixture import Drawn
 from agentopd.rollout import EpisodeSpec, RolloutOptions, run_scripted, stream_episodes
+from agentopd.rollout.runner import Admission
 from agentopd.runs import Run
 from agentopd.types import Episode, Task
 
@@ -79,14 +80,20 @@ async def _student(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
 
 
 async def _gold(run: Run, drawn: Sequence[Drawn]) -> list[Judged]:
-    finished = _judged(run)
+    finished, options = _judged(run), _options(run)
+    specs = [spec for item in drawn for spec in _group(run, item, 1)]
+    queue = Admission([spec.skill for spec in specs], options.max_live)
 
-    async def play(spec: EpisodeSpec) -> Judged:
+    async def play(index: int, spec: EpisodeSpec) -> Judged:
         turns = spec.env_cls.gold_turns(spec.task)  # type: ignore[attr-defined]
-        played = await run_scripted(spec, turns, run.policy.codec, run.policy.renderer, _options(run))
+        await queue.admitted(index)
+        try:
+            played = await run_scripted(spec, turns, run.policy.codec, run.policy.renderer, options)
+        finally:
+            queue.leave(index)
         return await finished(spec, played)
 
-    return list(await asyncio.gather(*(play(spec) for item in drawn for spec in _group(run, item, 1))))
+    return list(await asyncio.gather(*(play(index, spec) for index, spec in enumerate(specs))))
 
 
 async def _teacher(run: Run, drawn: Sequence[Drawn], num: int = 1) -> list[Judged]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from agentopd.build import Judge, Policy, Skill
+from agentopd.build import Judge, Policy, Skill, live_options
 from agentopd.config.objective import Blocks
 from agentopd.config.objective_data import OfflineSource, SimCT
 from agentopd.config.run import RunConfig
@@ -140,7 +140,8 @@ def _demonstrator(
     config: RunConfig, actor: Policy, identity: str, skills: Mapping[str, Skill], judge: Judge, cache: RolloutCache
 ) -> Demonstrator:
     rollout = config.rollout
-    options = RolloutOptions(rollout.temperature, rollout.top_p, rollout.max_malformed, judge.sandbox)
+    live = live_options(skills.values())
+    options = RolloutOptions(rollout.temperature, rollout.top_p, rollout.max_malformed, judge.sandbox, **live)
     return Demonstrator(actor, identity, skills, judge, cache, options, config.seed)
 
 

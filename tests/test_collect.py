@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from agentopd.build import Judge, load_skills
+from agentopd.build import Judge, Skill, load_skills
 from agentopd.collect import collect
 from agentopd.config import SuiteConfig
 from agentopd.config.objective import Blocks
@@ -57,6 +57,30 @@ def test_an_episode_is_judged_on_its_own_skills_task(gold_run, tmp_path):
     assert len({item.task.id for item in drawn}) == 2
     _, judged = asyncio.run(collect(gold_run(skills), drawn))
     assert [(episode.skill, verdict.outcome) for episode, verdict in judged] == [(item.skill, 1.0) for item in drawn]
+
+
+def test_no_more_gold_is_under_way_than_a_skill_allows(gold_run, tmp_path):
+    skills = named_alike(tmp_path, {"easy": ("4", "6", "8")})
+    live, most = 0, 0
+
+    class Watched(skills["easy"].env):
+        async def reset(self, task, ctx):
+            nonlocal live, most
+            live += 1
+            most = max(most, live)
+            await asyncio.sleep(0)
+            return await super().reset(task, ctx)
+
+        async def close(self):
+            nonlocal live
+            live -= 1
+            await super().close()
+
+    for bound in (None, 2):
+        most, config = 0, skills["easy"].config.model_copy(update={"max_live": bound})
+        drawn = [Drawn("easy", task, False) for task in skills["easy"].tasks("train", 3, 0)]
+        _, judged = asyncio.run(collect(gold_run({"easy": Skill(config, Watched)}), drawn))
+        assert most == (bound or 3) and all(verdict.passed for _, verdict in judged)
 
 
 def test_a_task_drawn_twice_in_a_batch_has_two_groups(gold_run, tmp_path):

@@ -41,6 +41,14 @@ def one_skill(tmp_path):
     return path
 
 
+def test_a_teacher_plays_no_more_at_once_than_a_skill_allows(one_skill, small):
+    overrides = small("objective.preset=seqkd", "suite.skills.store.max_live=2", "suite.skills.store.own_batches=true")
+    started = Run.start(load_run_config(one_skill, overrides))
+    options = started.teachers.demonstrators["default"].options
+    assert (options.max_live, options.own_batches) == ({"store": 2}, {"store"})
+    asyncio.run(started.aclose())
+
+
 def test_phased_teacher_sampling_ends_and_is_cached(one_skill, small, tmp_path):
     shared = f"demonstrations.cache={tmp_path / 'shared'}"
     more = ("objective.preset=sg_opd", "objective.anchor.hold_until=0.5", "objective.anchor.off_from=0.5", shared)
