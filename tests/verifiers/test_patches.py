@@ -81,6 +81,29 @@ def test_definitions_that_are_all_there_is_are_the_program():
     assert apply_patch(source, twice) == twice
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return " + "(" * 1600,
+        "return " + "(" * 60_000 + ")" * 60_000,
+        "return " + "-" * 50_000 + "w",
+        "return w" + ".h" * 50_000,
+        "return " + "w and " * 30_000 + "h",
+        "return " + "'' " * 1000,
+        "import w" + ".h" * 20_000,
+    ],
+    ids=["open", "brackets", "signs", "attributes", "operands_in_a_row", "strings_in_a_row", "dotted_name"],
+)
+def test_what_is_nested_too_deeply_is_a_whole_program_and_ends_no_process(body):
+    deep = f"def area(w, h):\n    {body}\n"
+    assert apply_patch(SOURCE, deep) == deep
+
+
+def test_deep_but_bearable_definitions_replace_those_of_the_same_name():
+    changed = apply_patch(SOURCE, f"def area(w, h):\n    return {'-' * 150}w and {'(' * 150}h{')' * 150}\n")
+    assert changed.startswith('"""Doc."""') and "-w and" in changed
+
+
 def test_several_blocks_and_hunks_apply_in_order():
     both = block("    return w + h", "    return w * h") + block("LIMIT = 3", "LIMIT = 4")
     assert apply_patch(SOURCE, both) == FIXED.replace("3", "4")

@@ -14,6 +14,7 @@ Text around fenced code blocks is dropped.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator, Sequence
 
@@ -24,6 +25,8 @@ from unidiff.errors import UnidiffParseError
 from agentopd_verifiers.judge import PatchError
 
 MAX_CHARS = 200_000
+MAX_LEVELS = 200
+"""Levels of a syntax tree: libcst recurses in native code without a bound, and takes seconds well before it crashes."""
 
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 _SEARCH = re.compile(r"^<{5,9} ?SEARCH[ \t]*$", re.MULTILINE)
@@ -66,9 +69,32 @@ def _lines_ended(text: str) -> str:
 
 def _parse(source: str) -> cst.Module | None:
     try:
-        return cst.parse_module(source)
-    except (cst.ParserSyntaxError, ValueError, RecursionError, MemoryError):
+        # Python's own parser goes first: where it gives up, libcst would overflow the stack and end the process.
+        return None if _is_deep(ast.parse(source)) else cst.parse_module(source)
+    except (SyntaxError, cst.ParserSyntaxError, ValueError, RecursionError, MemoryError):
         return None
+
+
+def _is_deep(tree: ast.Module) -> bool:
+    """Whether the same program has more than ``MAX_LEVELS`` levels in libcst."""
+    todo: list[tuple[ast.AST, int]] = [(tree, 0)]
+    while todo:
+        node, above = todo.pop()
+        level = above + _levels(node)
+        if level > MAX_LEVELS:
+            return True
+        todo += ((child, level) for child in ast.iter_child_nodes(node))
+    return False
+
+
+def _levels(node: ast.AST) -> int:
+    """Levels of one node: what Python keeps in a row, libcst nests."""
+    match node:
+        case ast.BoolOp(values=operands):
+            return len(operands)
+        case ast.alias(name=str(dotted)) | ast.ImportFrom(module=str(dotted)):
+            return 1 + dotted.count(".")
+    return 1
 
 
 # --- search/replace blocks -------------------------------------------------------------------------------------------
@@ -173,7 +199,10 @@ def _apply_source(source: str, text: str) -> str:
         return text
     if before.keys() <= after.keys() and not _has_statements(old):
         return text
-    return old.with_changes(body=_merged(old, before, new, after)).code
+    try:
+        return old.with_changes(body=_merged(old, before, new, after)).code
+    except RecursionError:  # strings in a row are levels that Python's tree does not show
+        return text
 
 
 def _merged(
