@@ -15,15 +15,24 @@ import hashlib
 import json
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
 
 Role = Literal["system", "user", "assistant", "tool"]
 Split = Literal["train", "eval", "retention"]
 JSON = dict[str, Any]
+
+
+def encodable(text: str) -> str:
+    """``text`` with a question mark for each lone surrogate: no tokenizer takes one, and no file."""
+    return text.encode("utf-8", "replace").decode()
+
+
+Text = Annotated[str, AfterValidator(encodable)]
+"""A string that programs had a part in, so that it may hold anything."""
 
 
 class Record(BaseModel):
@@ -64,7 +73,7 @@ class Message(Record):
     """One chat message. ``tool_calls`` only on assistant messages, ``name`` only on tool messages."""
 
     role: Role
-    content: str = ""
+    content: Text = ""
     tool_calls: tuple[ToolCall, ...] = ()
     name: str | None = None
 
@@ -224,7 +233,7 @@ class Episode(VersionedRecord):
     prompt_ids: tuple[int, ...]
     turns: tuple[Turn, ...]
     stop_reason: StopReason
-    error: str = ""
+    error: Text = ""
     events: tuple[Event, ...] = ()
     final_state: JSON = Field(default_factory=dict)
     """The environment's own snapshot at the end; verifiers judge this and ``events``, not the model's claims."""

@@ -282,9 +282,10 @@ class ToolEnvironment(BaseEnvironment):
             result, ok = f"error: {error}", False
         mutates = tool is not None and tool.options.mutates
         changed = changed_since(self.state())
-        self.record("tool_call", name=call.name, arguments=call.arguments, validated=validated, ok=ok, result=result,
-                    mutates=mutates, changes=changed)  # fmt: skip
-        return Message(role="tool", name=call.name, content=result)
+        answer = Message(role="tool", name=call.name, content=result)
+        self.record("tool_call", name=call.name, arguments=call.arguments, validated=validated, ok=ok,
+                    result=answer.content, mutates=mutates, changes=changed)  # fmt: skip
+        return answer
 
     def _answer_malformed(self, call: MalformedCall) -> Message:
         self.record("malformed_call", raw=call.raw, reason=call.reason)

@@ -10,6 +10,7 @@ from typing import Any
 
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, SandboxLimits
 from agentopd.errors import TaskError, UserError
+from agentopd.types import encodable
 from agentopd_sandboxes import wire
 from agentopd_sandboxes.bounds import Bounds
 
@@ -119,7 +120,7 @@ def _classify(request_id: bytes, outcome: Outcome, limits: SandboxLimits) -> tup
         return CaseStatus.VALUE, value, ""
     if kind not in _STATUS_OF_KIND or type(value) is not str:
         return CaseStatus.PROTOCOL, None, "malformed report: unknown kind"
-    return _STATUS_OF_KIND[kind], None, value
+    return _STATUS_OF_KIND[kind], None, encodable(value)
 
 
 def ran_out_of_time(outcome: Outcome, limits: SandboxLimits) -> bool:

@@ -167,6 +167,7 @@ def test_a_parameter_without_a_hint_is_an_error_at_definition():
     [
         (call("put", count=2), "2 none"),
         (call("put", count="3", title="cups"), "3 cups"),
+        (call("put", count=1, title="\ud800"), "1 ?"),
         (call("nothing"), "ok"),
         (call("data"), '{"a": 1}'),
         (call("refuse"), "error: not today"),

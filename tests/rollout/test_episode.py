@@ -10,7 +10,7 @@ from agentopd.contracts import AssistantTurn, Environment, Sandbox, StepResult
 from agentopd.rendering import ChatRenderer
 from agentopd.rollout import EpisodeSpec, RolloutOptions, run_episodes
 from agentopd.rollout.runner import turn_seed
-from agentopd.types import Episode, Limits, StopReason, Task, ToolCall
+from agentopd.types import Episode, Limits, Message, StopReason, Task, ToolCall
 
 MakeTask = Callable[..., Task]
 Talk = Callable[..., Any]
@@ -181,6 +181,20 @@ def test_a_tool_error_is_shown_to_the_student(make_task: MakeTask, counter: type
     episode = play(make_task(), counter, talk(fail("tool"), "Sorry."))
     assert episode.stop_reason is StopReason.COMPLETED
     assert episode.turns[0].results[0].content == "error: no such counter"
+
+
+def test_half_a_character_from_an_environment_ends_no_run(make_task: MakeTask, counter: type[Any], talk: Talk) -> None:
+    class Garbler(counter):  # type: ignore[misc]
+        async def step(self, action: AssistantTurn) -> StepResult:
+            if self.turns:
+                raise RuntimeError("\ud800 is no key")
+            self.turns += 1
+            return StepResult((Message(role="tool", content="half of \ud83d"),))
+
+    episode = play(make_task(), Garbler, talk(add(1)))
+    assert episode.turns[0].results[0].content == "half of ?"
+    assert episode.stop_reason is StopReason.ENV_ERROR and "? is no key" in episode.error
+    assert Episode.model_validate_json(episode.model_dump_json()) == episode
 
 
 def test_a_failed_clean_up_keeps_the_result(make_task: MakeTask, counter: type[Any], talk: Talk) -> None:

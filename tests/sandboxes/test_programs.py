@@ -89,6 +89,11 @@ def test_output_is_kept_and_cut_with_a_marker(run: Run) -> None:
     assert result.stdout.endswith("[output cut at 100 bytes]")
 
 
+def test_what_is_said_of_a_failure_is_text_that_can_be_written(run: Run) -> None:
+    result = run("def f(): raise ValueError('half of ' + chr(0xd83d))")
+    assert (result.status, result.detail) == (CaseStatus.EXCEPTION, "ValueError: half of ?")
+
+
 def test_the_environment_holds_nothing_of_ours(run: Run) -> None:
     assert run("import os, sys", "(dict(os.environ), sys.argv)").value == (
         {"HOME": "/work", "TMPDIR": "/tmp", "LANG": "C.UTF-8"},
