@@ -104,7 +104,10 @@ class MathToolsEnvironment(_MathTasks, ToolEnvironment):
         value = evaluate(expression)
         if value is None:
             raise ToolError(f"cannot compute {expression!r}: use numbers, + - * / and parentheses")
-        return _show(value)
+        try:
+            return _show(value)
+        except (OverflowError, ValueError):
+            raise ToolError("the result is too large") from None
 
     @tool(budget=8)
     async def python(self, code: Annotated[str, Field(max_length=20_000)]) -> str:
@@ -124,7 +127,12 @@ class MathToolsEnvironment(_MathTasks, ToolEnvironment):
 
 
 def _show(value: Fraction) -> str:
-    """An integer, a decimal that ends, or a fraction with its first digits."""
+    """An integer, a decimal that ends, or a fraction with its first digits.
+
+    Raises:
+        OverflowError, ValueError: if Python cannot write so large a number.
+
+    """
     if value.denominator == 1:
         return str(value.numerator)
     if 10**12 % value.denominator == 0:

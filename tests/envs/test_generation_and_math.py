@@ -93,6 +93,11 @@ def test_the_calculator_is_exact_and_runs_no_code(use, expression, shown):
     assert use("calculator", expression=expression).startswith(shown)
 
 
+@pytest.mark.parametrize("expression", ["*".join(["1e308"] * 15), "1e308*1e308/3", "1e308*1e308+0.5"])
+def test_a_result_that_cannot_be_written_is_told_to_the_student(use, expression):
+    assert use("calculator", expression=expression) == "error: the result is too large"
+
+
 def test_python_runs_in_the_sandbox_and_shows_what_was_printed(use):
     box = Answers(CaseStatus.VALUE, "3\n")
     assert use("python", box, code="print(1 + 2)") == "3" and box.program == "print(1 + 2)"
