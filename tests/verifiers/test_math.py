@@ -190,6 +190,9 @@ def test_disagreement_is_ambiguous_and_carries_no_outcome(verifier, make_task, m
         ("1" * 10_000, VerdictStatus.RESOURCE),
         ("{" * 100 + "1" + "}" * 100, VerdictStatus.RESOURCE),
         ("9999^{9999}!", VerdictStatus.RESOURCE),
+        ("（" * 700 + "1" + "）" * 700, VerdictStatus.RESOURCE),
+        ("９\\!" * 300, VerdictStatus.RESOURCE),
+        ("9**9**9", VerdictStatus.RESOURCE),
         pytest.param("(10^{9999})^{9999}", VerdictStatus.TIMEOUT, marks=pytest.mark.slow),
     ],
 )

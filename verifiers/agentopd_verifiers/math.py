@@ -180,7 +180,8 @@ def _strict_stage(gold: str, answer: str, significant: int) -> Equivalence | lis
         return Equivalence(VerdictStatus.OK, "strict", *shown)
     limits = ((answer, "the answer", VerdictStatus.RESOURCE), (gold, "hidden.answer", VerdictStatus.TASK_ERROR))
     for text, whose, status in limits:
-        if problem := excess(text):
+        # What is parsed is tidied: that turns full-width brackets into brackets, and joins digits.
+        if problem := excess(text) or excess(tidy(text)):
             return Equivalence(status, "strict", *shown, detail=f"{whose} has {problem}")
     pairs = strict.obligations(gold, answer)
     if pairs is None:
