@@ -30,6 +30,7 @@ _UNIT = re.compile(
     r"(?:\\text\s*\{\s*([^{}]*?)\s*\}|(?<=[\d.}])\s*([A-Za-z]+(?:[ ./]+[A-Za-z]+){0,2}\.?))\s*"
     r"(?:\^\s*\{?(\d)\}?)?"
 )
+_NO_UNIT = re.compile(r"(?<![A-Za-z]\^)\d|\b(?:or|and)\b", re.IGNORECASE)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _LABEL = re.compile(r"\\text\s*\{[^{}]*(?:\b(?:is|are|equals)\b|[:=])\s*\}\s*")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
@@ -276,6 +277,8 @@ def _with_unit(text: str) -> Number | None:
     if not match:
         return None
     typeset, bare, power = match[2], match[3], match[4] or ""
+    if _NO_UNIT.search(typeset or bare or ""):
+        return None  # a second answer, as in "5 or 6"
     if bare is not None and not _is_unit(bare.strip(), spaced=text[len(match[1]) :].startswith(" ")):
         return None
     inner = _decimal(match[1].strip()) or _ratio(match[1].strip())
