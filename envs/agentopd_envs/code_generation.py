@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -82,14 +83,32 @@ class CodeGenerationEnvironment(SingleTurnEnvironment):
 
 
 def program_of(text: str, entry_point: str, given: str = "") -> str | None:
-    """The last fenced block that defines the function, after the imports of ``given``; None if there is none."""
+    """The last fenced block that defines the function, with the imports of ``given``; None if there is none."""
     name = re.escape(entry_point)
     defines = re.compile(rf"^(?:(?:async )?def|class) {name}\b|^{name} *=", re.MULTILINE)
     blocks = [block for block in _BLOCK.findall(text) if defines.search(block)]
     if not blocks:
         return None
     imports = [node for node in ast.parse(given).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    return "".join(f"{ast.unparse(node)}\n" for node in imports) + str(blocks[-1])
+    lines = str(blocks[-1]).split("\n")
+    head = _head(blocks[-1]) if imports else 0
+    return "\n".join([*lines[:head], *map(ast.unparse, imports), *lines[head:]])
+
+
+def _head(source: str) -> int:
+    """How many lines only count as the first of a program: a docstring, and imports from ``__future__``."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return 0
+    return max((node.end_lineno or 0 for node in takewhile(_stays_first, body)), default=0)
+
+
+def _stays_first(node: ast.stmt) -> bool:
+    match node:
+        case ast.Expr(value=ast.Constant(value=str())) | ast.ImportFrom(module="__future__"):
+            return True
+    return False
 
 
 def _answer(code: str) -> Message:

@@ -1,5 +1,7 @@
 """Code generation and math with tools: what counts as an answer, and every row of the data."""
 
+import ast
+
 import pytest
 
 from agentopd.contracts import CaseResult, CaseStatus
@@ -30,6 +32,29 @@ def test_imports_of_the_code_that_was_shown_need_not_be_repeated():
     given = "from typing import List\nimport math\n\ndef f(x: List[int]):\n    '''Sum.'''\n"
     program = program_of("```\ndef f(x: List[int]):\n    return math.fsum(x)\n```", "f", given)
     assert program.startswith("from typing import List\nimport math\ndef f")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "from __future__ import annotations\n",
+        '"""A sum:\none of floats."""\nfrom __future__ import annotations\n',
+        '"""A sum."""; from __future__ import annotations\n',
+    ],
+)
+def test_what_must_come_first_in_an_answer_stays_first(head):
+    given = "from __future__ import division\nimport math\n"
+    program = program_of(f"```\n{head}import os\n\ndef f(x: T) -> T: return math.fsum(x)\n```", "f", given)
+    assert program.startswith(f"{head}{given}import os\n")
+    names = {}
+    exec(compile(program, "<answer>", "exec", dont_inherit=True), names)
+    assert names["f"]([1, 2]) == 3.0 and names.get("__doc__") == ast.get_docstring(ast.parse(head), clean=False)
+
+
+@pytest.mark.parametrize("rest", ["return (", "return " + "-" * 50_000 + "1", "return '\0'"])
+def test_an_answer_that_cannot_be_read_is_still_a_program(rest):
+    program = program_of(f"```\ndef f(x): {rest}\n```", "f", "import math\n")
+    assert program == f"import math\ndef f(x): {rest}\n"
 
 
 @pytest.mark.data
