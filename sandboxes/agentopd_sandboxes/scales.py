@@ -24,8 +24,12 @@ class Scales:
         self._known: tuple[int, str | None] = (0, None)
 
     def weigh(self, child: int) -> int:
-        """Private memory of a child and all its descendants together, bytes."""
-        return PAGE * sum(self._private_pages(pid) for pid in self._family(child))
+        """Memory of a child and all its descendants together, without that of files on a disk, bytes.
+
+        Memory that several of them share counts for each that has touched it: their locks hide from this process too
+        which of their pages are the same.
+        """
+        return sum(PAGE * self._private_pages(pid) + self._shared(pid) for pid in self._family(child))
 
     def waited_s(self, child: int) -> float:
         """The longest that one thread of them was ready to run and did not, seconds."""
@@ -85,6 +89,14 @@ class Scales:
         except (OSError, ValueError):
             return 0  # it ended while we looked
         return int(resident) - int(shared)
+
+    def _shared(self, pid: str) -> int:
+        """Anonymous shared memory and files in memory, as far as the process has touched them, bytes."""
+        try:
+            _, _, after = self._read(f"{pid}/status").partition("\nRssShmem:")
+            return int(after.split(maxsplit=1)[0]) << 10
+        except (OSError, IndexError):
+            return 0  # it ended, or the kernel does not tell
 
     def _waited(self, pid: str) -> float:
         """Needs no more than a kernel with scheduler statistics; 0 without."""

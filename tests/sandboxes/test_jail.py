@@ -341,3 +341,23 @@ def f(i):
             await sandbox.aclose()
 
     asyncio.run(scenario())
+
+
+SHARE = """
+import mmap, os, time
+def f(size_mb):
+    for _ in range(8):
+        if not os.fork():
+            memory = mmap.mmap(-1, size_mb << 20)
+            memory.write(bytes(size_mb << 20))
+            time.sleep(1)
+            os._exit(0)
+    return [os.wait()[1] for _ in range(8)]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size_mb", "status"), [(4, CaseStatus.VALUE), (40, CaseStatus.RESOURCE)])
+def test_shared_memory_of_many_processes_is_weighed(run: Run, size_mb: int, status: CaseStatus) -> None:
+    result = run(SHARE, "f(*args)", limits=SandboxLimits(wall_s=15.0, memory_mb=160), args=(size_mb,))
+    assert result.status is status, result
