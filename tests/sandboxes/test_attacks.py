@@ -121,7 +121,7 @@ RESOURCES = {
     ),
     "a sparse file": (
         "import os\ndef f(): os.truncate(os.open('/tmp/x', os.O_CREAT | os.O_RDWR), 1 << 40)",
-        *CaseStatus,
+        RESOURCE,
     ),
     "many files": (
         "def f():\n    for i in range(99):\n        with open(f'/dev/shm/{i}', 'wb') as x: x.write(bytes(1 << 20))",
