@@ -20,7 +20,7 @@ from agentopd.config.objective import Blocks
 from agentopd.config.objective_blocks import AbsoluteAdvantage, CandidatesPG, GroupAdvantage, RubricAdvantage
 from agentopd.config.objective_data import GoldNLL, TeacherForwardKL
 from agentopd.contracts import Evidence, ScoredEpisode
-from agentopd.errors import ConfigError, InfraError, TeacherError
+from agentopd.errors import ConfigError, EnvironmentFault, InfraError, TeacherError
 from agentopd.objective.advantages import absolute_advantages, group_advantages
 from agentopd.objective.candidates import candidate_table
 from agentopd.objective.masks import ClassifyTokens, TokenClasses, hidden_tail
@@ -97,8 +97,8 @@ def build_batch(
     ``shares`` maps every skill of the run to its share of the loss; it must hold the same names on every rank, and a
     prompt's whole group must be on one rank. ``all_reduce`` sums a tensor over ranks. An episode whose evidence does
     not fit it, or is not finite on a supervised token, is left out and named in ``quarantined``. Raises
-    ``TeacherError`` where evidence is missing, or cannot be used, and there is none on any rank that can; a batch that
-    masks and broken environments emptied is no fault of the teacher's.
+    ``EnvironmentFault`` where all environments broke, and ``TeacherError`` where evidence is missing or unusable, and
+    no rank has any other; a batch that masks emptied is no fault.
     """
     skills = tuple(sorted(shares))
     counts = dict.fromkeys(COUNTERS, 0)
@@ -122,6 +122,8 @@ def build_batch(
     batch, parts_CN = _stack(rows, skills, pad_id)
     counts_CS = all_reduce(skill_counts(parts_CN, batch, objective.masks.entropy_top_ratio))
     metrics = _reduced(counts, all_reduce)
+    if 0 < metrics["batch/episodes"] == metrics["batch/env_error"]:
+        raise EnvironmentFault(f"every environment of this step broke: {next((x.episode.error for x in scored), '')}")
     if metrics["batch/quarantined"] and not metrics["batch/rows"]:
         raise TeacherError(f"no episode of this batch can be trained on: {next(iter(quarantined.values()), metrics)}")
     lost = metrics["batch/no_evidence"] + metrics["batch/quarantined"]

@@ -12,7 +12,7 @@ from agentopd.config.load import resolve_objective
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.contracts import Evidence, ScoredEpisode
-from agentopd.errors import ConfigError, TeacherError
+from agentopd.errors import ConfigError, EnvironmentFault, TeacherError
 from agentopd.types import Episode, StepCertificate, StopReason, Turn, Verdict, VerdictStatus
 from tests.token_classes import token_classifier
 
@@ -125,6 +125,15 @@ def test_broken_environments_never_train_and_never_move_the_group():
     assert with_fault.num_rows == 2
     assert torch.equal(with_fault.advantage_N, without.advantage_N)
     assert with_fault.metrics["batch/env_error"] == 1
+
+
+@pytest.mark.parametrize("preset", ["verifier_calibrated", "grpo"])
+def test_a_step_whose_environments_all_broke_names_the_fault(preset):
+    broken = item(0.0, stop="env_error")
+    broken = replace(broken, episode=broken.episode.model_copy(update={"error": "reset: no such host"}))
+    with pytest.raises(EnvironmentFault, match="every environment of this step broke: reset: no such host"):
+        build([broken, broken], objective(preset))
+    assert build([broken, item()], objective(preset)).num_rows == 1
 
 
 def test_an_episode_the_teacher_failed_on_is_left_out_only_where_a_teacher_is_needed():
@@ -271,7 +280,10 @@ def test_a_skill_without_a_share_is_named():
 
 
 def test_an_empty_rank_still_takes_part():
-    batch = build([], all_reduce=lambda x: x + 1)
+    other = []
+    build([item()], all_reduce=lambda x: other.append(x) or x)
+    batch = build([], all_reduce=lambda x: x + other.pop(0))
+    assert batch.metrics["batch/rows"] == 1
     assert (batch.num_rows, batch.num_tokens) == (0, 0)
     assert split_micro_batches(batch, 64) == []
 
