@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 SENTENCE_ENDS = ("\n", ".", "!", "?", ";")
 """What ends a segment of a turn, for blocks that read a turn in segments."""
 _ENDLESS = 1024
-"""A source with at least this many tasks is taken to be procedural when no limit is given."""
+"""A source with at least this many tasks that names no rows is taken to be procedural when no limit is given."""
 _DEFAULT_LIMIT = 200
 """Tasks drawn from a procedural source when no limit is given."""
+_MOST = 100_000
+"""Rows beyond which a source may have no end after all."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class Skill:
 
     def tasks(self, split: Split, limit: int | None, seed: int) -> list[Task]:
         """Up to ``limit`` tasks of a split; without a limit every row, or 200 of a procedural source."""
-        source = self.env.load_tasks(split, self.config.source, limit, seed)
+        source = iter(self.env.load_tasks(split, self.config.source, limit, seed))
         tasks = list(islice(source, limit if limit is not None else _ENDLESS))
         if limit is None and len(tasks) == _ENDLESS:
-            tasks = tasks[:_DEFAULT_LIMIT]
+            tasks = [*tasks, *islice(source, _MOST)] if tasks[0].source.row else tasks[:_DEFAULT_LIMIT]
+        if len(tasks) > _MOST and limit is None:
+            raise ConfigError(f"skill {self.name!r}: more than {_MOST} {split} tasks: say how many with --limit")
         if not tasks:
             raise ConfigError(f"skill {self.name!r}: source {self.config.source!r} has no {split} tasks")
         limits = self.config.limits

@@ -191,7 +191,16 @@ def _show_retention(matrix: RetentionMatrix, roles: Mapping[str, str], out: Path
 
 def compare(path: Path, arms: str | None, seeds: int | None, jobs: int | None, out: CompareOutput) -> None:
     """``agentopd compare``."""
-    from agentopd.compare import comparison_table, everything, gather, make_plan, work, write_record, write_results
+    from agentopd.compare import (
+        comparison_table,
+        everything,
+        gather,
+        left_out,
+        make_plan,
+        work,
+        write_record,
+        write_results,
+    )
     from agentopd.errors import InfraError
 
     plan = make_plan(path, arms.split(",") if arms else (), seeds)
@@ -203,12 +212,17 @@ def compare(path: Path, arms: str | None, seeds: int | None, jobs: int | None, o
     failures = [] if out.results_only else work(plan, console, jobs, after_each=keep)
     results = gather(plan)
     files = write_results(results, plan.out)
-    keep()
+    if not out.results_only:
+        keep()
     if out.as_json:
         print(results.model_dump_json())
     else:
         console.print(comparison_table(results))
         console.print("written: " + ", ".join(map(str, files)), soft_wrap=True, markup=False)
+        if others := left_out(plan):
+            console.print(
+                f"{plan.record}: of another config, left out: {', '.join(others)}", soft_wrap=True, markup=False
+            )
     if failures:
         raise InfraError(f"{len(failures)} of {results.planned} runs failed; {failures[0]}; logs: {plan.out / 'logs'}")
 

@@ -87,7 +87,8 @@ class Registry:
 
     @property
     def _singular(self) -> str:
-        return self.group[:-1].replace("_", " ")
+        plural = self.group.replace("_", " ")
+        return plural.removesuffix("es") if plural.endswith("xes") else plural.removesuffix("s")
 
     def _hint(self, name: str) -> str:
         names = sorted(self.entries())

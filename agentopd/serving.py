@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from agentopd.contracts import Teacher
+from agentopd.errors import ConfigError
 from agentopd.models import load_model, load_tokenizer, model_hash, vocabulary_hash
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.server import Identity, TeacherServer
@@ -16,7 +17,7 @@ def serve_teacher(
 ) -> TeacherServer:
     """Load ``model`` and serve it. ``top_k`` bounds what vLLM is asked for; ``hf`` has no bound.
 
-    Raises ``ConfigError`` for a model that cannot be loaded, and where vLLM is not installed.
+    Raises ``ConfigError`` for a model that cannot be loaded or an address that cannot be had, and without vLLM.
     """
     tokenizer = load_tokenizer(model)
     teacher: Teacher
@@ -24,4 +25,7 @@ def serve_teacher(
         teacher = VLLMTeacher(model, model, dtype, top_k)
     else:
         teacher = LocalTeacher(model, load_model(model, dtype), vocab_size=len(tokenizer))
-    return TeacherServer(teacher, Identity(model_hash(model), vocabulary_hash(tokenizer)), host, port)
+    try:
+        return TeacherServer(teacher, Identity(model_hash(model), vocabulary_hash(tokenizer)), host, port)
+    except (OSError, OverflowError) as exc:
+        raise ConfigError(f"cannot listen on {host}:{port} ({exc}): choose another --host or --port") from None

@@ -103,6 +103,7 @@ class Source(Record):
     revision: str = ""
     licence: str = ""
     row: str = ""
+    """Its name in a data set, which has an end; empty for a task that was made."""
 
 
 class Task(VersionedRecord):

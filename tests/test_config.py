@@ -83,6 +83,8 @@ def test_another_kind_drops_the_presets_settings_of_that_block(config_file):
         ("objective.router.beta=1", ["beta"]),
         ("rollout.engine=sglang", ["rollout.engine", "sglang"]),
         ("suite.skills.physics.weight=1", ["physics", "math, repair"]),
+        ("suite.skills=5", ["suite.skills", "5"]),
+        ("stages=3", ["stages", "3"]),
         ("suite.skills.repair.teacher=oracle", ["oracle", "default"]),
         ("nonsense", ["nonsense", "key.subkey=value"]),
         ("seed.x=1", ["seed", "x"]),
@@ -99,6 +101,13 @@ def test_bad_overrides_are_named(config_file, override, needles):
     message = refusal(config_file, override)
     for needle in needles:
         assert needle in message
+
+
+@pytest.mark.parametrize("suite", ["3", "{ skills = 3 }", "{ skills = [3] }"])
+def test_a_stage_whose_suite_is_none_is_named(config_file, suite):
+    text = f"{config_file.read_text()}\n[[stages]]\nname = 'first'\nsteps = 2\nsuite = {suite}\n"
+    config_file.write_text(text)
+    assert "stages.suite" in refusal(config_file) and "is no suite" in refusal(config_file)
 
 
 def test_stale_samples_need_a_correction_and_a_student_that_samples(config_file):

@@ -3,7 +3,7 @@
 from agentopd.compare.export import comparison_table, write_results
 from agentopd.compare.plan import Plan, PlannedRun, make_plan
 from agentopd.compare.queue import work
-from agentopd.compare.recorded import write_record
+from agentopd.compare.recorded import left_out, write_record
 from agentopd.compare.records import Results
 from agentopd.compare.results import everything, gather
 
@@ -14,6 +14,7 @@ __all__ = [
     "comparison_table",
     "everything",
     "gather",
+    "left_out",
     "make_plan",
     "work",
     "write_record",

@@ -81,10 +81,13 @@ def _take_in_stage_suites(raw: dict[str, Any], path: Path) -> None:
         if not isinstance(stage, dict) or "suite" not in stage:
             continue
         given = stage.pop("suite")
-        brought = _suite_table(_beside(path, given)) if isinstance(given, str) else dict(given)
+        brought = _suite_table(_beside(path, given)) if isinstance(given, str) else given
+        found = brought.get("skills", []) if isinstance(brought, dict) else None
+        if not isinstance(found, list) or not all(isinstance(skill, dict) for skill in found):
+            raise ConfigError(f"{path}: stages.suite: {given!r} is no suite: name a suite file, or write [[skills]]")
         suite = raw.setdefault("suite", {"name": "continual", "skills": []})
         known = {skill.get("name") for skill in suite.setdefault("skills", [])}
-        skills = [{**skill, "role": "new"} for skill in brought.get("skills", [])]
+        skills = [{**skill, "role": "new"} for skill in found]
         suite["skills"] += [skill for skill in skills if skill.get("name") not in known]
         stage["skills"] = [skill.get("name") for skill in skills]
 

@@ -139,8 +139,10 @@ class RunConfig(Section):
         """
         if not isinstance(data, dict) or not isinstance(data.get("suite"), dict):
             return data
-        skills = data["suite"].get("skills") or []
-        stages = data.get("stages") or []
+        skills, stages = (
+            found if isinstance(found, list | tuple) else []
+            for found in (data["suite"].get("skills"), data.get("stages"))
+        )
         has_old = any(isinstance(skill, dict) and skill.get("role") == "old" for skill in skills)
         replay, train = data.get("replay") or {}, data.get("train") or {}
         if not has_old and len(stages) < 2 and isinstance(replay, dict) and "share" not in replay:

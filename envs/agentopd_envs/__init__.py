@@ -6,6 +6,7 @@ is a whole one. Import the shipped ones from their modules, or by name through `
 
 from agentopd.errors import ToolError
 from agentopd.registry import register_environment
+from agentopd.types import Limits, Message, Task, Verdict, VerdictStatus
 from agentopd_envs.authoring import BaseEnvironment, SingleTurnEnvironment, ToolEnvironment, tool_turn
 from agentopd_envs.function_verifier import FunctionVerifier
 from agentopd_envs.tools import tool
@@ -13,9 +14,14 @@ from agentopd_envs.tools import tool
 __all__ = [
     "BaseEnvironment",
     "FunctionVerifier",
+    "Limits",
+    "Message",
     "SingleTurnEnvironment",
+    "Task",
     "ToolEnvironment",
     "ToolError",
+    "Verdict",
+    "VerdictStatus",
     "register_environment",
     "tool",
     "tool_turn",

@@ -17,7 +17,17 @@ import pytest
 
 from agentopd.build import load_skills
 from agentopd.certify.certificate import is_certified
-from agentopd.compare import comparison_table, everything, gather, make_plan, work, write_record, write_results
+from agentopd.commands import CompareOutput, compare
+from agentopd.compare import (
+    comparison_table,
+    everything,
+    gather,
+    left_out,
+    make_plan,
+    work,
+    write_record,
+    write_results,
+)
 from agentopd.compare.export import latex, markdown
 from agentopd.compare.queue import finished
 from agentopd.config import dump_toml
@@ -312,6 +322,25 @@ def test_a_sitting_with_some_arms_keeps_what_the_record_has_of_others(tmp_path, 
 def test_runs_of_another_config_are_not_taken_from_the_record(tmp_path, sitting):
     assert gather(make_plan(comparison(tmp_path, **RECORD, **{"w_conflict=0.5": "w_conflict=0.6"}))).finished == 2
     assert gather(make_plan(comparison(tmp_path, **RECORD, **{'"train.steps" = 2': '"train.steps" = 3'}))).finished == 0
+
+
+def test_what_the_record_has_of_another_config_stays_until_its_run_is_here(tmp_path, sitting, capsys):
+    path = comparison(tmp_path, **RECORD, **{'"train.steps" = 2': '"train.steps" = 3'})
+    kept = tmp_path / "kept/demo.json"
+    before = kept.read_text()
+    plan = make_plan(path)
+    assert left_out(plan) == ["opd-seed-0", "opd-seed-1"] and gather(plan).arms == {}
+    compare(path, None, None, None, CompareOutput(plain=True, as_json=False, results_only=True))
+    assert kept.read_text() == before, "a look changes nothing"
+    assert "of another config, left out: opd-seed-0, opd-seed-1" in capsys.readouterr().out
+    run = next(run for run in plan.runs if run.name == "opd-seed-1")
+    pretend(run, 33, 23)
+    write_record(plan, everything(plan))
+    (here,) = gather(plan).arms["opd"].seeds
+    assert here.seed == 1 and left_out(plan) == ["opd-seed-0"], "replaced by its run, and by nothing else"
+    shutil.rmtree(plan.out)
+    first = sitting.arms["opd"].seeds[0]
+    assert gather(make_plan(comparison(tmp_path, **RECORD))).arms["opd"].seeds == (first,)
 
 
 def test_an_option_of_a_later_version_leaves_the_record_valid_until_it_is_set(tmp_path):

@@ -183,5 +183,5 @@ def _task(name: str, entry: dict[str, Any], split: Split, seed: int, chunk_seed:
         privileged=Privileged(solution=str(oracle or ""), trajectory=gold),
         limits=LIMITS,
         seed=seed,
-        source=Source(dataset="reasoning_gym", revision=version, licence="Apache-2.0", row=f"{name}/{index}"),
+        source=Source(dataset="reasoning_gym", revision=version, licence="Apache-2.0"),
     )
