@@ -139,10 +139,8 @@ class RunConfig(Section):
         """
         if not isinstance(data, dict) or not isinstance(data.get("suite"), dict):
             return data
-        skills, stages = (
-            found if isinstance(found, list | tuple) else []
-            for found in (data["suite"].get("skills"), data.get("stages"))
-        )
+        skills, stages = data["suite"].get("skills"), data.get("stages")
+        skills, stages = (found if isinstance(found, list | tuple) else [] for found in (skills, stages))
         has_old = any(isinstance(skill, dict) and skill.get("role") == "old" for skill in skills)
         replay, train = data.get("replay") or {}, data.get("train") or {}
         if not has_old and len(stages) < 2 and isinstance(replay, dict) and "share" not in replay:
