@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16", "sve_bf16")
 def resolve_model(name: str) -> str:
     """A model name as something ``from_pretrained`` takes: shipped alias, local directory, or hub id.
 
-    Raises ``ConfigError`` for a path that is not there.
+    Raises ``ConfigError`` for a path that is not there or is a run's, and for a shipped alias that is misspelt.
     """
     if name in SHIPPED:
         path = Path(str(files("agentopd"))) / "assets" / name
@@ -32,7 +33,11 @@ def resolve_model(name: str) -> str:
             raise ConfigError(f"the shipped model {name!r} is missing; build it with: agentopd micro build")
         return str(path)
     if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file() and (Path(name) / "model/config.json").is_file():
+            raise ConfigError(f"{name!r} is a run: its student is {str(Path(name) / 'model')!r}")
         return name
+    if close := get_close_matches(name, SHIPPED, n=1, cutoff=0.85):
+        raise ConfigError(f"no model at {name!r}: did you mean {close[0]!r}?")
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not looks_like_hub_id:
         raise ConfigError(f"no model at {name!r}: give a directory, a hub id, or one of {', '.join(SHIPPED)}")
