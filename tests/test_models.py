@@ -32,7 +32,7 @@ def test_a_run_records_the_dtype_it_computes_in() -> None:
 def test_a_run_in_the_place_of_its_student_and_a_misspelt_alias_are_named(tmp_path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is a run: its student is .*/model'"):
+    with pytest.raises(ConfigError, match="is a run: its student is"):
         models.resolve_model(str(tmp_path))
     assert models.resolve_model(str(tmp_path / "model"))
     with pytest.raises(ConfigError, match="did you mean 'micro/student'"):
