@@ -9,6 +9,7 @@
         ├── SandboxError         a sandbox could not start, or died on its own
         ├── EngineError          a rollout engine failed
         ├── TeacherError         a teacher failed or returned unusable evidence
+        │   └── NoAnswerError        a model behind a chat endpoint gave no answer, not even an unusable one
         ├── StorageError         the disk is full
         └── EnvironmentFault     environment code raised: the episode ends and is masked
 
@@ -57,6 +58,10 @@ class EngineError(InfraError):
 
 class TeacherError(InfraError):
     """A teacher failed, or returned evidence that cannot be used (a non-finite log-prob, say)."""
+
+
+class NoAnswerError(TeacherError):
+    """A model behind a chat endpoint gave no answer at all: it is away, keeps failing, or something else is there."""
 
 
 class StorageError(InfraError):

@@ -13,15 +13,18 @@ from agentopd.config.objective_blocks import RubricAdvantage
 from agentopd.config.teachers import ChatTeacherConfig
 from agentopd.errors import TeacherError
 from agentopd.evaluate import Judged, stable_seed
+from agentopd.learner import runtime
 from agentopd.runs import Run
 from agentopd.teachers.chat import Question, any_text, plain_messages
-from agentopd.types import Episode, StopReason, Task, Verdict, VerdictStatus
+from agentopd.teachers.rubric import Grades
+from agentopd.types import Episode, StopReason, Task
 
 
 async def reward(run: Run, judged: Sequence[Judged], tasks: Mapping[str, Task]) -> list[Judged]:
     """The episodes with the verdicts to train on: the rubric's where the objective has one, else the verifier's own.
 
-    Groups are graded concurrently. A fault of teacher or judge leaves its group unjudged.
+    Groups are graded concurrently. A fault of teacher or judge leaves its group unjudged. Raises ``TeacherError`` where
+    no rank has a group for which they gave any answer: the step would train on nothing, and so would the next.
     """
     advantage = run.blocks.verifier
     if not isinstance(advantage, RubricAdvantage):
@@ -31,14 +34,20 @@ async def reward(run: Run, judged: Sequence[Judged], tasks: Mapping[str, Task]) 
         if episode.stop_reason is not StopReason.ENV_ERROR:
             groups[episode.group_id].append(index)
     results = list(judged)
+    unanswered: list[str] = []
 
     async def grade(group: str, indices: list[int]) -> None:
         episodes = [judged[i][0] for i in indices]
-        verdicts = await _grade(run, episodes, tasks[episodes[0].task_hash], advantage.teacher_answers)
-        for index, verdict in zip(indices, verdicts, strict=True):
+        grades = await _grade(run, episodes, tasks[episodes[0].task_hash], advantage.teacher_answers)
+        unanswered.extend(filter(None, [grades.unanswered]))
+        for index, verdict in zip(indices, grades.verdicts, strict=True):
             results[index] = (judged[index][0], verdict)
 
     await asyncio.gather(*(grade(group, indices) for group, indices in groups.items()))
+    counts, faults = zip(*runtime.gather_objects((len(groups), unanswered)), strict=True)
+    everywhere = [fault for found in faults for fault in found]
+    if 0 < sum(counts) == len(everywhere):
+        raise TeacherError(f"every episode of this step is unjudged, no question was answered: {everywhere[0]}")
     return results
 
 
@@ -53,16 +62,15 @@ def transcript(episode: Episode) -> str:
     return "\n".join(lines)
 
 
-async def _grade(run: Run, episodes: Sequence[Episode], task: Task, num: int) -> list[Verdict]:
+async def _grade(run: Run, episodes: Sequence[Episode], task: Task, num: int) -> Grades:
     assert run.teachers.judge is not None
     try:
         references = await _references(run, episodes[0].skill, task, num)
     except TeacherError as exc:
-        return [Verdict.unjudged(VerdictStatus.INFRA_ERROR, str(exc), teacher=episodes[0].skill)] * len(episodes)
+        return Grades.none(len(episodes), exc, teacher=episodes[0].skill)
     question = "\n\n".join(message.content for message in task.prompt)
     seed = stable_seed("judge", run.config.seed, episodes[0].group_id)
-    grades = await run.teachers.judge.grade(question, references, [transcript(item) for item in episodes], seed)
-    return grades.verdicts
+    return await run.teachers.judge.grade(question, references, [transcript(item) for item in episodes], seed)
 
 
 async def _references(run: Run, skill: str, task: Task, num: int) -> list[str]:

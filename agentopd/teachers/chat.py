@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentopd.config.teachers import EndpointConfig
-from agentopd.errors import ConfigError, TeacherError, boundary
+from agentopd.errors import ConfigError, NoAnswerError, TeacherError, boundary
 from agentopd.types import Message
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 T = TypeVar("T")
+_FOR_GOOD = (401, 403, 404)
+"""What an endpoint says to every question alike, until its config or the key is another."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,20 @@ class ChatEndpoint:
         self.model = config.model
         self._config, self._cache = config, cache
         self._key = _api_key(config)
+        self._name = f"model {config.model!r} at {config.base_url}"
         self._gate = asyncio.Semaphore(config.concurrency)
         self._client: AsyncOpenAI | None = None
 
     async def ask(self, question: Question, parse: Callable[[str], T], keep: bool = True) -> T:
         """The parsed answer. ``parse`` raises ``ValueError`` for an answer that cannot be used.
 
-        Raises ``TeacherError`` for a refusal, a cut-off or unusable answer, and an endpoint that keeps failing.
+        Raises ``TeacherError`` for a refusal, a cut-off or unusable answer, ``NoAnswerError`` for an endpoint that is
+        away or keeps failing, and ``ConfigError`` for one that does not know the key or the model.
         """
         path = self._path(question) if keep else None
         if path is not None and path.is_file():
             return parse(json.loads(path.read_text())["answer"])
-        with boundary(TeacherError, f"model {self.model!r} at {self._config.base_url}"):
+        with boundary(NoAnswerError, self._name):
             async with self._gate:
                 answer = await self._complete(question)
             try:
@@ -72,14 +76,7 @@ class ChatEndpoint:
         return parsed
 
     async def _complete(self, question: Question) -> str:
-        reply: Any = await self._open().chat.completions.create(
-            model=self.model,
-            messages=[{"role": role, "content": content} for role, content in question.messages],  # type: ignore[misc]
-            temperature=question.temperature,
-            max_tokens=question.max_tokens,
-            seed=question.seed,
-        )
-        choice = reply.choices[0]
+        choice = (await self._reply(question)).choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
             raise TeacherError(f"{self.model!r} refused: {choice.message.refusal or 'content filter'}")
         if choice.finish_reason == "length":
@@ -87,6 +84,28 @@ class ChatEndpoint:
         if not choice.message.content:
             raise TeacherError(f"{self.model!r} gave an empty answer")
         return str(choice.message.content)
+
+    async def _reply(self, question: Question) -> Any:
+        client = self._open()
+        from openai import APIStatusError
+
+        try:
+            return await client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": role, "content": text} for role, text in question.messages],  # type: ignore[misc]
+                temperature=question.temperature,
+                max_tokens=question.max_tokens,
+                seed=question.seed,
+            )
+        except APIStatusError as exc:
+            if exc.status_code not in _FOR_GOOD:
+                raise
+            key = self._config.api_key_env
+            sent = f"the key in the environment variable {key!r}" if key else 'api_key_env = "none", which sends no key'
+            raise ConfigError(
+                f"{self._name}: answers {exc.status_code} ({exc.response.reason_phrase}): "
+                f"check the address, the model's name and {sent}"
+            ) from None
 
     def _open(self) -> AsyncOpenAI:
         if self._client is None:

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agentopd.config.teachers import JudgeConfig
-from agentopd.errors import InfraError
+from agentopd.errors import InfraError, NoAnswerError
 from agentopd.objective.advantages import rubric_score
 from agentopd.teachers.chat import ChatEndpoint, Question
 from agentopd.types import Verdict, VerdictStatus
@@ -68,6 +68,14 @@ class Grades:
 
     verdicts: list[Verdict]
     teacher_scores: list[float]
+    unanswered: str = ""
+    """Why an endpoint gave no answer at all; '' where every one that was asked gave one."""
+
+    @classmethod
+    def none(cls, count: int, fault: InfraError, **provenance: str) -> Grades:
+        """``count`` answers that the fault leaves unjudged."""
+        verdict = Verdict.unjudged(VerdictStatus.INFRA_ERROR, str(fault), **provenance)
+        return cls([verdict] * count, [], str(fault) if isinstance(fault, NoAnswerError) else "")
 
 
 class RubricJudge:
@@ -85,8 +93,7 @@ class RubricJudge:
             rubric = await self.endpoint.ask(self._rubric_question(task, references), self._parse_rubric)
             met = await self._judged(task, rubric, [*references, *answers], seed)
         except InfraError as exc:
-            fault = Verdict.unjudged(VerdictStatus.INFRA_ERROR, str(exc), judge=self.endpoint.model)
-            return Grades([fault] * len(answers), [])
+            return Grades.none(len(answers), exc, judge=self.endpoint.model)
         rows = [rubric.score(row) for row in met]
         provenance = {"judge": self.endpoint.model, "rubric": _digest(rubric)}
         verdicts = [

@@ -4,14 +4,18 @@ import asyncio
 import json
 import time
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 
-from agentopd.config.teachers import JudgeConfig
-from agentopd.errors import ConfigError, TeacherError
+from agentopd.config.objective_blocks import RubricAdvantage
+from agentopd.config.teachers import ChatTeacherConfig, JudgeConfig
+from agentopd.errors import ConfigError, NoAnswerError, TeacherError
+from agentopd.learner import runtime
+from agentopd.rubrics import reward
 from agentopd.teachers.chat import ChatEndpoint, Question, any_text
 from agentopd.teachers.rubric import Criterion, Rubric, RubricJudge
-from agentopd.types import VerdictStatus
+from agentopd.types import Episode, Message, StopReason, VerdictStatus
 
 ANSWERS = ["7 is", "8 is the answer", "7 is the answer", ""]
 REFERENCES = ["7 is the answer"] * 4
@@ -158,6 +162,58 @@ def test_an_endpoint_that_keeps_failing_is_a_fault(serve):
     server = serve(lambda question, messages: (500, {"error": {"message": "down"}}))
     with pytest.raises(TeacherError, match="toy"):
         ask(server)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_an_endpoint_that_refuses_the_key_is_a_mistake_of_the_config(status, serve, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "stale")
+    server = serve(lambda question, messages: (status, {"error": "no"}))
+    endpoint = ChatEndpoint(config(server).model_copy(update={"api_key_env": "MY_KEY"}))
+
+    async def go():
+        try:
+            await RubricJudge(endpoint, config(server)).grade("What is 3 + 4?", REFERENCES, ANSWERS, 0)
+        finally:
+            await endpoint.aclose()
+
+    with pytest.raises(ConfigError, match=f"{server.base_url}: answers {status} .*'MY_KEY'"):
+        asyncio.run(go())
+    assert len(server.requests) == 1
+
+
+def test_no_answer_is_told_from_an_answer_without_use(serve):
+    away = grade(serve(lambda question, messages: (500, {"error": "down"})))
+    stubborn = grade(serve(lambda question, messages: (200, "I would rather not.")))
+    assert "500" in away.unanswered and stubborn.unanswered == ""
+    assert {verdict.outcome for verdict in [*away.verdicts, *stubborn.verdicts]} == {None}
+    with pytest.raises(NoAnswerError):
+        ask(serve(lambda question, messages: (200, {"hello": "world"})))
+
+
+def test_only_when_no_rank_got_an_answer_is_a_step_lost(serve, monkeypatch):
+    server = serve(lambda question, messages: (500, {"error": "down"}))
+    asked = ChatTeacherConfig(base_url=server.base_url, model="toy", api_key_env=None, max_retries=0)
+    task = SimpleNamespace(prompt=(Message(role="user", content="What is 3 + 4?"),))
+    made = {"id": "e", "task_id": "t", "task_hash": "t", "env": "", "split": "train", "skill": "sums"}
+    episode = Episode(**made, group_id="g", prompt_ids=(1,), turns=(), stop_reason=StopReason.COMPLETED)
+
+    async def rewarded():
+        endpoint = ChatEndpoint(asked)
+        teachers = SimpleNamespace(routes={"sums": "default"}, texts={"default": endpoint}, judge=endpoint)
+        blocks = SimpleNamespace(verifier=RubricAdvantage())
+        run = SimpleNamespace(
+            blocks=blocks, teachers=teachers, config=SimpleNamespace(teachers={"default": asked}, seed=0)
+        )
+        try:
+            return await reward(run, [(episode, None)], {"t": task})
+        finally:
+            await endpoint.aclose()
+
+    with pytest.raises(TeacherError, match="every episode of this step is unjudged"):
+        asyncio.run(rewarded())
+    monkeypatch.setattr(runtime, "gather_objects", lambda mine: [mine, (1, [])])
+    ((_, verdict),) = asyncio.run(rewarded())
+    assert verdict.status is VerdictStatus.INFRA_ERROR
 
 
 def test_accepted_answers_are_kept_and_others_are_not(serve, tmp_path):

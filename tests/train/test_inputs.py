@@ -9,7 +9,7 @@ import pytest
 
 from agentopd.config import load_run_config
 from agentopd.console import make_console
-from agentopd.errors import ConfigError
+from agentopd.errors import ConfigError, TeacherError
 from agentopd.runs import Run
 from agentopd.tracking import RunDirectory, read_jsonl
 from agentopd.train import train
@@ -145,3 +145,11 @@ def test_a_judge_that_refuses_moves_nothing(one_skill, small, serve):
     one_skill.write_text(one_skill.read_text() + judge)
     row = metrics(run(one_skill, small("train.steps=1", "objective.preset=ropd")))[0]
     assert row["batch/unjudged"] == 12 and row["learner/grad_norm"] == 0
+
+
+def test_a_judge_that_is_away_ends_the_run_with_its_fault(one_skill, small, serve):
+    server = serve(lambda question, messages: (503, {"error": "down for repairs"}))
+    judge = f'[judge]\nbase_url = "{server.base_url}"\nmodel = "toy"\napi_key_env = "none"\nmax_retries = 0\n'
+    one_skill.write_text(one_skill.read_text() + judge)
+    with pytest.raises(TeacherError, match=f"every episode of this step is unjudged.*{server.base_url}.*503"):
+        run(one_skill, small("train.steps=1", "objective.preset=ropd"))
