@@ -14,14 +14,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agentopd.build import load_skills
+from agentopd.build import Judge, build_sandbox, load_skills
 from agentopd.capacity import BF16, GIB, Shape, evidence_bytes, head_bytes, state_bytes
 from agentopd.certify.certificate import how_to_validate, is_certified
 from agentopd.config import RunConfig
-from agentopd.config.teachers import ServedTeacherConfig, TeacherConfig
+from agentopd.config.teachers import ChatTeacherConfig, EndpointConfig, ServedTeacherConfig, TeacherConfig
 from agentopd.contracts import Teacher
-from agentopd.errors import AgentOPDError
+from agentopd.engines.vllm_process import require_vllm
+from agentopd.errors import AgentOPDError, NoAnswerError, TeacherError
+from agentopd.evaluate import heldout_tasks
 from agentopd.learner.head import chunk_size_of
+from agentopd.mixture import load_embedder
 from agentopd.models import (
     available_bytes,
     check_same_vocabulary,
@@ -33,7 +36,10 @@ from agentopd.models import (
 from agentopd.registry import tool_codecs
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
+from agentopd.teachers.chat import ChatEndpoint, Question, any_text
 from agentopd.teachers.served import ServedTeacher
+from agentopd.trackers import require_trackers
+from agentopd.tracking import RunDirectory
 from agentopd.types import Episode, StopReason, ToolCall, Turn
 
 Level = Literal["ok", "warn", "fail"]
@@ -163,4 +169,76 @@ def memory(config: RunConfig) -> Iterable[Diagnosis]:
     )
 
 
-CHECKS: tuple[Check, ...] = (chat_template, vocabulary, served_teachers, certificates, memory)
+def chat_endpoints(config: RunConfig) -> Iterable[Diagnosis]:
+    """Teachers that only write text, and the judge, have their keys and answer."""
+    asked: dict[str, EndpointConfig] = {
+        f"teacher {name!r}": chosen for name, chosen in config.teachers.items() if isinstance(chosen, ChatTeacherConfig)
+    }
+    if config.judge is not None:
+        asked["the judge"] = config.judge
+    for who, chosen in asked.items():
+        asyncio.run(_greet(chosen))
+        yield Diagnosis("chat endpoint", "ok", f"{who} answers at {chosen.base_url}")
+
+
+async def _greet(config: EndpointConfig) -> None:
+    endpoint = ChatEndpoint(config.model_copy(update={"max_retries": min(1, config.max_retries)}))
+    try:
+        await endpoint.ask(Question((("user", "Answer with one word: yes."),), 0.0, 16), any_text)
+    except TeacherError as exc:
+        if isinstance(exc, NoAnswerError):
+            raise
+        # Cut off, or declined: it is there all the same.
+    finally:
+        await endpoint.aclose()
+
+
+def sandbox(config: RunConfig) -> Iterable[Diagnosis]:
+    """The sandbox starts, where a verifier needs one."""
+    skills = load_skills(config.suite)
+    built = build_sandbox(config.sandbox, skills.values(), config.ray)
+    judge, tasks = Judge(skills.values(), built), heldout_tasks(skills.values(), 1, config.eval.seed)
+    samples = [(name, found[0]) for name, found in tasks.items()]
+
+    async def start() -> None:
+        try:
+            await judge.start(samples)
+        finally:
+            await built.aclose()
+
+    asyncio.run(start())
+    needed = any(judge.verifier(skill, task).needs_sandbox for skill, task in samples)
+    yield Diagnosis("sandbox", "ok", f"{config.sandbox.backend} {'starts' if needed else 'is not needed'}")
+
+
+def packages(config: RunConfig) -> Iterable[Diagnosis]:
+    """What the config asks for beyond the standard installation is there."""
+    rollout, workers = config.rollout, config.ray.rollout_workers if config.ray is not None else 0
+    if not workers and (rollout.engine == "vllm" or (rollout.engine == "vllm_servers" and rollout.servers.started)):
+        require_vllm()
+        yield Diagnosis("packages", "ok", f"rollout.engine {rollout.engine!r} is installed")
+    embedders = {"decontamination.embedding_model": config.decontamination.embedding_model}
+    if config.replay.policy == "coreset":
+        embedders["replay.coreset.model"] = config.replay.coreset.model
+    for key, model in embedders.items():
+        if model:
+            load_embedder(model, key)
+            yield Diagnosis("packages", "ok", f"{key} {model!r} loads")
+
+
+def trackers(config: RunConfig) -> Iterable[Diagnosis]:
+    """The packages of the trackers that are asked for are installed."""
+    for name in require_trackers(config.tracking):
+        yield Diagnosis("trackers", "ok", f"{name} is installed")
+
+
+def run_directory(config: RunConfig) -> Iterable[Diagnosis]:
+    """A new run can be made where the config says."""
+    RunDirectory.check_free(config.run_dir)
+    yield Diagnosis("run directory", "ok", f"{config.run_dir} is free")
+
+
+CHECKS: tuple[Check, ...] = (
+    *(chat_template, vocabulary, served_teachers, chat_endpoints, certificates),
+    *(sandbox, packages, trackers, run_directory, memory),
+)

@@ -7,14 +7,18 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from agentopd.config.run import TrackingConfig
 from agentopd.errors import UserError
 from agentopd.tracking import RunDirectory, user_errors
+
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+"""What is imported for each tracker that the config can ask for."""
 
 
 class Tracker(Protocol):
@@ -49,9 +53,8 @@ class TensorBoardTracker:
     """Scalars for TensorBoard, under ``RUN/tensorboard``. Raises ``UserError`` if it is not installed."""
 
     def __init__(self, run: RunDirectory, from_step: int = 0):
-        with _optional("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-        self._writer = SummaryWriter(run.path / "tensorboard", purge_step=from_step + 1 if from_step else None)
+        package = _package("tensorboard")
+        self._writer = package.SummaryWriter(run.path / "tensorboard", purge_step=from_step + 1 if from_step else None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add every metric as a scalar."""
@@ -70,9 +73,8 @@ class WandbTracker:
     """
 
     def __init__(self, run: RunDirectory) -> None:
-        with _optional("wandb"):
-            import wandb
-        name, mode = run.path.resolve().name, cast("Any", os.environ.get("WANDB_MODE", "offline"))
+        wandb = _package("wandb")
+        name, mode = run.path.resolve().name, os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(
             project="agentopd",
             group=name,
@@ -99,8 +101,7 @@ class TrackioTracker:
     """
 
     def __init__(self, run: RunDirectory) -> None:
-        with _optional("trackio"):
-            import trackio
+        trackio = _package("trackio")
         name = run.path.resolve().name
         with redirect_stdout(io.StringIO()):  # how to open its dashboard
             self._run = trackio.init("agentopd", name=name, resume="allow", config=_config(run), embed=False)
@@ -144,15 +145,22 @@ def open_tracker(run: RunDirectory, config: TrackingConfig, from_step: int = 0) 
     return Trackers(JsonlTracker(run.metrics), *more)
 
 
+def require_trackers(config: TrackingConfig) -> list[str]:
+    """The trackers that the config asks for. Raises ``UserError`` where the package of one is not installed."""
+    asked = [name for name in _MODULES if getattr(config, name)]
+    for name in asked:
+        _package(name)
+    return asked
+
+
 def _config(run: RunDirectory) -> dict[str, Any]:
     return tomllib.loads(run.config.read_text(encoding="utf-8"))
 
 
-@contextmanager
-def _optional(name: str) -> Iterator[None]:
-    """Turn a missing package into an error that says how to go on."""
+def _package(name: str) -> Any:
+    """The module of a tracker; a missing package becomes an error that says how to go on."""
     try:
-        yield
+        return import_module(_MODULES[name])
     except ImportError:
         raise UserError(
             f"tracking.{name} = true, but {name} is not installed: `pip install {name}`, or set tracking.{name} = false"

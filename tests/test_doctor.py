@@ -1,5 +1,6 @@
 """What a run needs, one line each, before anything is trained."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,13 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("AGENTOPD_CACHE", str(tmp_path / "cache"))
 
 
-def test_the_quickstart_is_healthy(capsys):
-    found = diagnose(load_run_config(QUICKSTART))
-    assert {item.check for item in found} == {"chat template", "tool calls", "vocabulary", "certificate", "memory"}
+def test_the_quickstart_is_healthy(capsys, tmp_path):
+    free = [f"run_dir={tmp_path / 'run'}"]
+    found = diagnose(load_run_config(QUICKSTART, free))
+    talk, machine = {"chat template", "tool calls", "vocabulary"}, {"sandbox", "run directory", "memory"}
+    assert {item.check for item in found} == talk | machine | {"certificate"}
     assert [item for item in found if item.level != "ok"] == []
-    commands.doctor(QUICKSTART, [], plain=True)
+    commands.doctor(QUICKSTART, free, plain=True)
     assert len(capsys.readouterr().out.strip().splitlines()) == len(found)
 
 
@@ -90,3 +93,57 @@ def test_what_cannot_succeed_exits_with_2(tmp_path, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0].startswith("fail  chat template: ") and "no model at './nowhere'" in lines[0]
     assert any(line.startswith("fail  certificate: mine: not certified; run: agentopd envs validate") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["sandbox.backend=nonesuch"], "sandbox: unknown sandbox"),
+        (
+            ["sandbox.backend=docker", 'sandbox.hosts=["unix:///nowhere.sock"]'],
+            "sandbox: no Docker engine at unix:///nowhere.sock",
+        ),
+        (["rollout.engine=vllm"], "packages: vLLM is not installed"),
+        (["replay.policy=coreset"], "packages: replay.coreset.model "),
+        (["decontamination.embedding_model=some/model"], "packages: decontamination.embedding_model "),
+        (["tracking.wandb=true"], "trackers: tracking.wandb = true, but wandb is not installed"),
+        (["tracking.tensorboard=true"], "trackers: tracking.tensorboard = true, but tensorboard is not installed"),
+        (["tracking.trackio=true"], "trackers: tracking.trackio = true, but trackio is not installed"),
+        (["run_dir=used"], "run directory: run directory 'used' already holds files"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_train_would_refuse_is_told_before(overrides, told, tmp_path, monkeypatch, capsys):
+    for name in ("vllm", "sentence_transformers", "wandb", "trackio", "tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        commands.doctor(QUICKSTART, ["run_dir=free", *overrides], plain=True)
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fail")]
+    assert line.startswith(f"fail  {told}")
+
+
+def rubric(path, server, key="none"):
+    endpoint = f'base_url = "{server.base_url}"\nmodel = "toy"\napi_key_env = "{key}"\nmax_retries = 0\n'
+    path.write_text(
+        f'run_dir = "{path.parent / "run"}"\n[objective]\npreset = "ropd"\n[teachers.default]\nkind = "chat"\n'
+        f'{endpoint}[judge]\n{endpoint}[[suite.skills]]\nname = "store"\nenv = "tool_use"\n'
+    )
+    return [item for item in diagnose(load_run_config(path)) if item.check.startswith("chat endpoint")]
+
+
+def test_chat_endpoints_are_asked(serve, honest_server, tmp_path, monkeypatch):
+    path = tmp_path / "rubric.toml"
+    assert [item.level for item in rubric(path, honest_server)] == ["ok", "ok"]
+    (unset,) = rubric(path, honest_server, key="NO_SUCH_KEY")
+    assert unset.level == "fail" and "set the environment variable 'NO_SUCH_KEY'" in unset.detail
+    monkeypatch.setenv("MY_KEY", "stale")
+    (stale,) = rubric(path, serve(lambda question, messages: (401, {"error": "no"})), key="MY_KEY")
+    assert stale.level == "fail" and "answers 401" in stale.detail and "'MY_KEY'" in stale.detail
+    (away,) = rubric(path, serve(lambda question, messages: (503, {"error": "down"})))
+    assert away.level == "fail" and "503" in away.detail
+    cut = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "I"}, "finish_reason": "length"}]}
+    assert [item.level for item in rubric(path, serve(lambda question, messages: (200, cut)))] == ["ok", "ok"]
