@@ -36,6 +36,7 @@ from agentopd.models import (
 from agentopd.registry import tool_codecs
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
+from agentopd.rendering.pieces import token_bytes
 from agentopd.teachers.chat import ChatEndpoint, Question, any_text
 from agentopd.teachers.served import ServedTeacher
 from agentopd.trackers import require_trackers
@@ -96,10 +97,17 @@ def chat_template(config: RunConfig) -> Iterable[Diagnosis]:
 
 
 def vocabulary(config: RunConfig) -> Iterable[Diagnosis]:
-    """Teachers have the student's tokens."""
+    """Teachers have the student's tokens, or the objective aligns theirs with them."""
     student = load_tokenizer(config.model.student)
+    aligned = [x.alignment.kind for x in config.objective.every_stage() if x.alignment.kind != "same"]
     for name, teacher in config.teachers.items():
         if not isinstance(teacher, TeacherConfig):
+            continue
+        if aligned:
+            for tokenizer in (student, theirs := load_tokenizer(teacher.model)):
+                token_bytes(tokenizer)
+            told = f"teacher {name!r} has {len(theirs)} tokens of its own, aligned with the student's by {aligned[0]}"
+            yield Diagnosis("vocabulary", "ok", told)
             continue
         check_same_vocabulary(student, load_tokenizer(teacher.model), name)
         yield Diagnosis("vocabulary", "ok", f"teacher {name!r} has the student's {len(student)} tokens")

@@ -14,6 +14,7 @@ from agentopd.errors import ConfigError
 from agentopd.models import load_tokenizer, vocabulary_hash
 from agentopd.rendering import HermesJSON, OpenAI, Pythonic, Qwen3XML
 from agentopd.teachers.server import Identity, TeacherServer
+from tests.tiny import qwen3
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs/quickstart.toml"
@@ -147,3 +148,17 @@ def test_chat_endpoints_are_asked(serve, honest_server, tmp_path, monkeypatch):
     assert away.level == "fail" and "503" in away.detail
     cut = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "I"}, "finish_reason": "length"}]}
     assert [item.level for item in rubric(path, serve(lambda question, messages: (200, cut)))] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(("preset", "level"), [("simct_opd", "ok"), ("gold_opd", "ok"), ("opd", "fail")])
+def test_only_an_objective_without_alignment_wants_the_students_tokens(preset, level, tmp_path, chat_tokenizer):
+    chat_tokenizer("qwen3").save_pretrained(tmp_path / "teacher")
+    qwen3(340, 0, hidden_size=32, num_attention_heads=4).save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "across.toml"
+    path.write_text(
+        f'[teachers.default]\nmodel = "{tmp_path / "teacher"}"\n[objective]\npreset = "{preset}"\n'
+        '[[suite.skills]]\nname = "store"\nenv = "tool_use"\n'
+    )
+    (found,) = [item for item in diagnose(load_run_config(path)) if item.check == "vocabulary"]
+    assert found.level == level, found
+    assert ("aligned with the student's by" in found.detail) == (level == "ok")
