@@ -99,7 +99,7 @@ def test_what_cannot_succeed_exits_with_2(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["sandbox.backend=nonesuch"], "sandbox: unknown sandbox"),
+        (["sandbox.backend=nonesuch"], "sandbox: unknown sandbox 'nonesuch'"),
         (
             ["sandbox.backend=docker", 'sandbox.hosts=["unix:///nowhere.sock"]'],
             "sandbox: no Docker engine at unix:///nowhere.sock",
