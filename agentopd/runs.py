@@ -44,7 +44,16 @@ from agentopd.objective.streams import Batch
 from agentopd.stats import cpu_seconds, resident_mib
 from agentopd.teaching import Teachers, build_teachers
 from agentopd.trackers import Tracker, open_tracker
-from agentopd.tracking import Provenance, QuarantinedEpisode, RunDirectory, Session, user_errors, write_atomic
+from agentopd.tracking import (
+    MEND_TO_RESUME,
+    Provenance,
+    QuarantinedEpisode,
+    RunDirectory,
+    Session,
+    read_record,
+    user_errors,
+    write_atomic,
+)
 from agentopd.types import Task
 
 
@@ -133,7 +142,7 @@ class Run:
             run.tracker = open_tracker(directory, config.tracking, from_step=run.step)
         runtime.barrier()  # evaluations of later steps are gone now
         for file in sorted(directory.eval.glob("*.json")):
-            run.evals[file.stem] = EvalResult.model_validate_json(file.read_text())
+            run.evals[file.stem] = read_record(file, EvalResult, MEND_TO_RESUME)
         return run
 
     @classmethod

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -34,6 +34,8 @@ from agentopd.errors import StorageError, UserError
 from agentopd.types import Episode, Record, Task, Verdict, VersionedRecord
 
 PACKAGES = ("agentopd", "torch", "transformers", "deepspeed", "numpy", "tokenizers", "pydantic", "vllm")
+RecordT = TypeVar("RecordT", bound=Record)
+MEND_TO_RESUME = "bring back the file from a copy, or start the run again"
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl$")
 
 
@@ -124,6 +126,14 @@ class Provenance(VersionedRecord):
     sessions: tuple[Session, ...] = ()
 
 
+class _Evaluation(Record):
+    """As much of an evaluation as tells when it was made."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    step: int | None = None
+
+
 class RunDirectory:
     """The files of one run. Make one with ``create`` or ``open``."""
 
@@ -180,19 +190,20 @@ class RunDirectory:
         """Make the files agree with a run that is at ``session.from_step``, and record the session.
 
         Metrics, episodes (kept or quarantined) and evaluations of later steps are dropped, and so is a last metrics
-        line torn by a crash: those steps will be written again.
+        line torn by a crash: those steps will be written again. Raises ``UserError``, before it changes anything, where
+        the provenance or an evaluation cannot be read.
         """
         with user_errors(self.path):
+            old = read_record(self.provenance, Provenance, MEND_TO_RESUME)
+            later = [file for file in self.eval.glob("*.json") if _step_of(file) > session.from_step]
             for log in filter(Path.is_file, (self.metrics, self.events)):
                 kept = [row for row in read_jsonl(log) if row.get("step", 0) <= session.from_step]
                 write_atomic(log, "".join(json.dumps(row) + "\n" for row in kept))
             for step, file in [*self.episode_files(), *_step_files(self.quarantined)]:
                 if step > session.from_step:
                     file.unlink()
-            for file in self.eval.glob("*.json"):
-                if (json.loads(file.read_text()).get("step") or 0) > session.from_step:
-                    file.unlink()
-            old = Provenance.model_validate_json(self.provenance.read_text())
+            for file in later:
+                file.unlink()
             new = old.model_copy(update={"sessions": (*old.sessions, session)})
             write_atomic(self.provenance, new.model_dump_json(indent=2) + "\n")
 
@@ -246,6 +257,22 @@ class RunDirectory:
 def _step_files(folder: Path) -> list[tuple[int, Path]]:
     matches = ((_STEP_FILE.search(file.name), file) for file in folder.glob("step_*.jsonl"))
     return sorted((int(match[1]), file) for match, file in matches if match)
+
+
+def read_record(path: Path, kind: type[RecordT], remedy: str) -> RecordT:
+    """The record a file holds. Raises ``UserError``, which ends in what to do, where it holds none."""
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {remedy}") from None
+    except (ValidationError, UnicodeDecodeError) as exc:
+        reason = exc.errors()[0]["msg"] if isinstance(exc, ValidationError) else str(exc)
+        raise UserError(f"{path}: not a {kind.__name__}: {reason}; {remedy}") from None
+
+
+def _step_of(evaluation: Path) -> int:
+    """After how many steps an evaluation was made; 0 for one that is not of the student."""
+    return read_record(evaluation, _Evaluation, MEND_TO_RESUME).step or 0
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -116,6 +116,27 @@ def test_resume_forgets_everything_after_its_step(run):
     assert session.from_step == 2 and session.command[1] == "resume" and "torch" in session.packages
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("provenance.json", "{", r"provenance.json: not a Provenance: .*bring back the file"),
+        ("provenance.json", None, r"provenance.json is missing: bring back the file"),
+        ("eval/base.json", '{"step": ', r"base.json: not a.*bring back the file"),
+        ("eval/base.json", "[1]", r"base.json: not a.*bring back the file"),
+    ],
+)
+def test_a_damaged_record_stops_a_resume_before_it_changes_anything(run, name, text, says):
+    run.save_eval("step_4", Stage(step=4))
+    run.keep_episodes(4, [kept(4)])
+    if text is None:
+        (run.path / name).unlink()
+    else:
+        (run.path / name).write_text(text)
+    with pytest.raises(UserError, match=says):
+        run.resume(Session.now(["agentopd"], from_step=2))
+    assert (run.eval / "step_4.json").is_file() and [item.step for item in run.kept_episodes()] == [4]
+
+
 def test_what_is_quarantined_is_read_back_with_its_numbers(run):
     given = QuarantinedEpisode(
         step=2, reason="nan", episode=episode(), verdict=kept(1).verdict, teacher_logprobs=(float("nan"), -1.0)

@@ -15,9 +15,10 @@ from agentopd.errors import UserError
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.evaluation.retention import RetentionMatrix, Tolerance, retention_matrix
 from agentopd.mixture import Action
-from agentopd.tracking import KeptEpisode, Provenance, RunDirectory, read_jsonl
+from agentopd.tracking import KeptEpisode, Provenance, RunDirectory, read_jsonl, read_record
 
 MAX_EPISODES = 2000  # read for the report; more are sampled evenly over the run, and the page says so
+MEND = "mend the file or delete it"
 TEACHER = "teacher"  # eval/teacher*.json is the teacher's own score, not a stage of the run
 
 
@@ -139,7 +140,7 @@ def collect(path: Path) -> RunData:
     return RunData(
         name=path.resolve().name,
         config=_config(run.config),
-        provenance=_record(run.provenance, Provenance) if run.provenance.is_file() else None,
+        provenance=read_record(run.provenance, Provenance, MEND) if run.provenance.is_file() else None,
         rows=sorted(read_jsonl(run.metrics), key=lambda row: int(row.get("step", 0))),
         stages=stages,
         teacher=teacher,
@@ -154,7 +155,7 @@ def _evaluations(folder: Path) -> tuple[list[Stage], EvalResult | None]:
     stages: dict[int, Stage] = {}
     teachers: list[EvalResult] = []
     for file in sorted(folder.glob("*.json"), key=lambda file: (file.stem == "final", file.stem)):
-        result = _record(file, EvalResult)
+        result = read_record(file, EvalResult, MEND)
         if file.stem.startswith(TEACHER):
             teachers.append(result)
         else:
@@ -169,14 +170,6 @@ def _stage_name(stem: str) -> str:
         return stem.replace("_", " ", 1)
     head, _, number = stem.rpartition("_")
     return f"{head} {int(number)}" if head == "step" and number.isdigit() else stem
-
-
-def _record(file: Path, kind: type[Any]) -> Any:
-    try:
-        return kind.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as exc:
-        reason = exc.errors()[0]["msg"] if isinstance(exc, ValidationError) else str(exc)
-        raise UserError(f"{file}: not a {kind.__name__}: {reason}; mend the file or delete it") from None
 
 
 def _action(file: Path, row: Mapping[str, Any]) -> Action:

@@ -1,0 +1,112 @@
+"""Checkpoints: what was written comes back, and what was damaged since is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from agentopd.checkpoint import list_checkpoints, load_latest, load_step, save_checkpoint
+from agentopd.errors import UserError
+from agentopd.mixture import MixtureState
+
+
+class Blob:
+    """A learner that is a string of bytes; ``error`` is what loading raises."""
+
+    def __init__(self, weights: bytes = b"", error: Exception | None = None) -> None:
+        self.weights, self.error = weights, error
+
+    def save(self, directory: Path) -> None:
+        (directory / "deep").mkdir(parents=True)
+        (directory / "deep/weights.pt").write_bytes(self.weights)
+
+    def load(self, directory: Path) -> None:
+        if self.error is not None:
+            raise self.error
+        self.weights = (directory / "deep/weights.pt").read_bytes()
+
+
+STATE = MixtureState(positions={"math": 3}, credits={"math": 0.5}, share=0.1)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Two checkpoints of a run."""
+    root = tmp_path / "run/checkpoints"
+    for step in (2, 4):
+        save_checkpoint(root, step, Blob(bytes([step]) * 10_000), STATE, keep=2)
+    return root
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[5_000:5_100] = bytes(byte ^ 0xFF for byte in data[5_000:5_100])
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped": (lambda newest: flip(newest / "learner/deep/weights.pt"), "weights.pt is not as it was written"),
+    "empty": (lambda newest: (newest / "learner/deep/weights.pt").write_bytes(b""), "weights.pt is not as it was"),
+    "gone": (lambda newest: shutil.rmtree(newest / "learner/deep"), "weights.pt: No such file"),
+    "torn state": (
+        lambda newest: (newest / "state.json").write_text('{"step": 4, "mix'),
+        "state.json: JSONDecodeError",
+    ),
+    "other state": (lambda newest: (newest / "state.json").write_text('{"step": 4}'), "state.json: KeyError"),
+    "binary state": (lambda newest: (newest / "state.json").write_bytes(b"\xff\xfe"), "state.json: UnicodeDecodeError"),
+}
+
+
+@pytest.mark.parametrize(("damage", "why"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_refused_in_one_line(root, damage, why):
+    older, newest = list_checkpoints(root)
+    damage(newest)
+    with pytest.raises(UserError) as caught:
+        load_latest(root, Blob())
+    said = str(caught.value)
+    assert str(newest) in said and why in said and "\n" not in said
+    assert said.endswith("delete it, and the same command continues from step-000002")
+    shutil.rmtree(older)
+    with pytest.raises(UserError, match="delete it, and start again"):
+        load_latest(root, Blob())
+
+
+def test_without_the_damaged_one_the_checkpoint_before_it_is_restored(root):
+    shutil.rmtree(list_checkpoints(root)[-1])
+    learner = Blob()
+    assert load_latest(root, learner) == (2, STATE)
+    assert learner.weights == b"\x02" * 10_000
+
+
+def test_a_damaged_checkpoint_of_a_guard_is_refused(root):
+    flip(root / "step-000002/learner/deep/weights.pt")
+    with pytest.raises(UserError, match=r"weights.pt is not as it was written.*guard.roll_back = 1"):
+        load_step(root, 2, Blob())
+
+
+def test_a_state_that_is_written_again_keeps_its_checksums(root):
+    save_checkpoint(root, 4, Blob(), STATE, keep=2, kept_step=4)
+    assert load_latest(root, Blob()) == (4, STATE)
+    flip(root / "step-000004/learner/deep/weights.pt")
+    with pytest.raises(UserError, match="is not as it was written"):
+        load_latest(root, Blob())
+
+
+@pytest.mark.parametrize("error", [EOFError("Ran out of input"), AssertionError(), RuntimeError("no zip\nat 0x1")])
+def test_a_checkpoint_of_an_earlier_version_loads_or_is_refused(root, error):
+    for path in list_checkpoints(root):
+        state = json.loads((path / "state.json").read_text())
+        del state["files"]
+        (path / "state.json").write_text(json.dumps(state))
+    assert load_latest(root, Blob()) == (4, STATE)
+    with pytest.raises(
+        UserError, match=f"cannot be read \\({type(error).__name__}.*continues from step-000002"
+    ) as caught:
+        load_latest(root, Blob(error=error))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fault_beside_a_whole_checkpoint_is_not_called_damage(root):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        load_latest(root, Blob(error=RuntimeError("out of memory")))
