@@ -111,7 +111,8 @@ def load_latest(root: Path, learner: Saveable) -> tuple[int, MixtureState]:
     """
     found = list_checkpoints(root)
     if not found:
-        raise UserError(f"no checkpoint under {str(root)!r}: the run stopped before its first one; start it again")
+        again = f"delete {str(root.parent)!r} and start it again"
+        raise UserError(f"no checkpoint under {str(root)!r}: the run stopped before its first one; {again}")
     *older, newest = found
     after = f"the same command continues from {older[-1].name}" if older else "start again"
     mixture = _restored(newest, learner, f"delete it, and {after}")

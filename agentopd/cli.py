@@ -1,4 +1,7 @@
-"""The command line: arguments in, three lines of calls out. Exit codes: 0 done, 1 the run failed, 2 wrong input."""
+"""The command line: arguments in, three lines of calls out.
+
+Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ app.add_typer(presets_app, name="presets")
 app.add_typer(micro_app, name="micro")
 sandbox_app = typer.Typer(no_args_is_help=True, help="Check the sandboxes of this machine, and clean up after them.")
 app.add_typer(sandbox_app, name="sandbox")
+
+INTERRUPTED = 130
 
 Plain = Annotated[bool, typer.Option("--plain", help="No colour, no redrawing: for logs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
@@ -287,14 +292,12 @@ def main() -> None:
     """Entry point: run a command, and turn errors into one line and an exit code."""
     keep_freed_memory()
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except AgentOPDError as error:
         from agentopd.console import make_console, print_error
 
         print_error(make_console(stderr=True), error)
         sys.exit(2 if isinstance(error, UserError) else 1)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except typer.Abort:
         sys.exit(1)
     except Exception as error:
@@ -302,6 +305,10 @@ def main() -> None:
             print(f"error: {error.format_message()}", file=sys.stderr)
             sys.exit(2)
         raise
+    if code:  # typer returns what a command exited with: 130 after Ctrl-C
+        if code == INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -168,14 +168,21 @@ class RunDirectory:
         run = cls(Path(path))
         with user_errors(run.path):
             if run.path.is_dir() and any(run.path.iterdir()):
-                resume = f"continue it with `agentopd resume {path}`, or " if run.config.is_file() else ""
                 raise UserError(
-                    f"run directory {str(path)!r} already holds files: {resume}"
+                    f"run directory {str(path)!r} already holds files: {run._way_on()}"
                     "choose another with --set run_dir=DIR, or move it away"
                 )
             existing = next(parent for parent in (run.path, *run.path.absolute().parents) if parent.exists())
             with tempfile.TemporaryFile(dir=existing):
                 pass
+
+    def _way_on(self) -> str:
+        """What else may be done than to begin a run elsewhere; '' where the files are no run's."""
+        if not self.config.is_file():
+            return ""
+        if any(self.checkpoints.glob("step-*")):
+            return f"continue it with `agentopd resume {self.path}`, or "
+        return f"a run without a checkpoint; if it is not running, start again after `rm -r {self.path}`, or "
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:

@@ -5,9 +5,10 @@ weights -> mixture draws prompts -> rollout || verify -> teacher scores -> batch
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -44,27 +45,31 @@ class Outcome:
 async def train(run: Run, console: Console) -> Outcome | None:
     """Train from ``run.step`` to the end, evaluating and checkpointing on the way; closes the run.
 
-    After SIGTERM the step under way is finished and saved, and there is no outcome.
+    After SIGTERM or Ctrl-C the step under way is finished and saved, and there is no outcome; a second Ctrl-C raises
+    ``KeyboardInterrupt`` at once.
     """
     schedule, rollouts = run.config.train, Rollouts(run)
     try:
-        await run.open()
-        if "base" not in run.evals:
-            await run.evaluate("base")
-            await run.evaluate_teacher()
-            react(run)
-        await store_rollouts(run)
-        with _told_to_stop() as told, watching(console, schedule.steps, run.step, tuple(run.skills)) as show:
-            while run.step < schedule.steps:
-                show(await train_step(run, await rollouts.take()))
-                if await _evaluated(run):
-                    react(run)
-                # The signal reaches the ranks of a launched job between different steps.
-                stopping = bool(runtime.all_reduce_max(told.is_set()))
-                if _due(run.step, schedule.checkpoint_every) or run.step == schedule.steps or stopping:
-                    run.checkpoint()
-                if stopping and run.step < schedule.steps:
-                    return None
+        with _told_to_stop() as stopping:
+            await run.open()
+            if "base" not in run.evals:
+                await run.evaluate("base")
+                await run.evaluate_teacher()
+                react(run)
+            await store_rollouts(run)
+            if stopping():
+                run.checkpoint()  # what was measured so far is not measured again
+                return None
+            with watching(console, schedule.steps, run.step, tuple(run.skills)) as show:
+                while run.step < schedule.steps:
+                    show(await train_step(run, await rollouts.take()))
+                    if await _evaluated(run):
+                        react(run)
+                    told = stopping()
+                    if _due(run.step, schedule.checkpoint_every) or run.step == schedule.steps or told:
+                        run.checkpoint()
+                    if told and run.step < schedule.steps:
+                        return None
         after = await run.evaluate("final")
         run.export()
         return Outcome(run.evals["base"], after, run.evals.get("teacher"))
@@ -74,17 +79,30 @@ async def train(run: Run, console: Console) -> Outcome | None:
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process. Only a process's main thread can listen."""
-    told = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield told
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or Ctrl-C came to any rank, which do not end the process; a second Ctrl-C does.
+
+    Every rank must ask. Only a process's main thread can listen.
+    """
+    told, interrupted = threading.Event(), threading.Event()
+
+    def heard(number: int, _: object) -> None:
+        if interrupted.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            interrupted.set()
+            if runtime.rank() == 0:  # printing could meet a print that the signal interrupted
+                os.write(2, b"finishing what is under way, then saving; Ctrl-C again ends at once\n")
+        told.set()
+
+    listening = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, heard) for number in (signal.SIGTERM, signal.SIGINT) if listening}
     try:
-        yield told
+        # The signal reaches the ranks of a launched job between different steps.
+        yield lambda: bool(runtime.all_reduce_max(told.is_set()))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def train_step(run: Run, collected: Collected) -> Seen:

@@ -78,6 +78,15 @@ def test_presets_are_visible(agentopd, refused):
     assert "did you mean 'opd'" in refused("presets", "show", "opdd")
 
 
+def test_ctrl_c_ends_any_command_with_130(agentopd, monkeypatch):
+    def interrupted(plain):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("agentopd.commands.presets_list", interrupted)
+    done = agentopd("presets", "list")
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_looking_at_environments_does_not_wait_for_the_libraries_of_models():
     done = in_a_process("-X", "importtime", "-m", "agentopd.cli", "envs", "describe", "tool_use")
     assert json.loads(done.stdout)["name"] == "tool_use"

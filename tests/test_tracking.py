@@ -58,6 +58,11 @@ def test_create_lays_out_the_run_and_open_finds_it(run):
 
 
 def test_an_existing_run_is_not_overwritten(run):
+    with pytest.raises(
+        UserError, match=r"a run without a checkpoint; if it is not running, .*`rm -r .*run`, or choose"
+    ):
+        RunDirectory.create(run.path, "", Provenance(seed=1))
+    (run.checkpoints / "step-000002").mkdir()
     with pytest.raises(UserError, match=r"already holds files: continue it with `agentopd resume .*run`"):
         RunDirectory.create(run.path, "", Provenance(seed=1))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -175,6 +176,26 @@ def test_a_run_that_was_told_to_stop_resumes_with_the_metrics_of_an_undisturbed_
     for stage in ("base", "final"):
         ours, theirs = (json.loads((path / f"eval/{stage}.json").read_text()) for path in (whole, ended))
         assert ours == theirs
+
+
+def test_ctrl_c_before_the_first_step_is_saved_and_resumed(quickstart, small):
+    whole = run(quickstart, small("train.steps=1", name="whole"))
+    arguments = [part for override in small("train.steps=1", name="ended") for part in ("--set", override)]
+    command = [sys.executable, "-m", "agentopd.cli"]
+    ended = whole.parent / "ended"
+    process = subprocess.Popen(
+        [*command, "train", str(quickstart), "--plain", *arguments], stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while not (ended / "metrics.jsonl").is_file():
+        assert time.monotonic() < deadline and process.poll() is None, "the run ended before its first evaluation"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 0 and f"stopped after step 0, saved: agentopd resume {ended}" in said
+    assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step-000000"]
+    subprocess.run([*command, "resume", str(ended), "--plain"], check=True, stdout=subprocess.DEVNULL)
+    assert metrics(ended) == metrics(whole)
 
 
 def test_two_ranks_train_with_zero_2(quickstart, small):
