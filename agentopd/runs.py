@@ -43,7 +43,7 @@ from agentopd.objective.masks import ClassifyTokens
 from agentopd.objective.streams import Batch
 from agentopd.stats import cpu_seconds, resident_mib
 from agentopd.teaching import Teachers, build_teachers
-from agentopd.trackers import Tracker, open_tracker
+from agentopd.trackers import Tracker, open_tracker, require_trackers
 from agentopd.tracking import (
     MEND_TO_RESUME,
     Provenance,
@@ -122,6 +122,8 @@ class Run:
         require_certificates(load_skills(config.suite), allow_uncertified)
         run = cls._build(_settled(config), Path(config.run_dir))
         RunDirectory.check_free(config.run_dir)
+        if runtime.rank() == 0:
+            require_trackers(config.tracking)
         runtime.barrier()  # the directory is rank 0's to fill once every rank has found it free
         return run
 
@@ -137,6 +139,7 @@ class Run:
         run.mixture.restore(mixture)
         run.policy.engine.sync_weights(run.step)
         if runtime.rank() == 0:
+            require_trackers(config.tracking)
             directory.resume(Session.now(sys.argv, from_step=run.step))
             run.directory = directory
             run.tracker = open_tracker(directory, config.tracking, from_step=run.step)

@@ -159,6 +159,14 @@ def test_a_teacher_with_another_vocabulary_is_refused(refused, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_missing_tracker_is_found_before_anything_is_written(refused, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    line = refused("train", str(QUICKSTART), "--set", f"run_dir={tmp_path / 'run'}", "--set", "tracking.wandb=true")
+    assert "`pip install wandb`, or set tracking.wandb = false" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_used_run_directory_is_never_overwritten(refused, tmp_path):
     (tmp_path / "precious.txt").write_text("keep me")
     line = refused("train", str(QUICKSTART), "--set", f"run_dir={tmp_path}")
