@@ -53,7 +53,7 @@ def save_checkpoint(
     partial = root / f".partial-{step:06d}"
     is_main = runtime.rank() == 0
     with user_errors(root.parent), _all_or_nothing(partial):
-        known = final.is_dir()  # a guard's, of this very step: the learner has not moved since
+        known = (final / "state.json").is_file()  # a guard's, of this very step: the learner has not moved since
         runtime.barrier()
         if is_main and not known:
             shutil.rmtree(partial, ignore_errors=True)
@@ -68,6 +68,7 @@ def save_checkpoint(
             write_atomic((final if known else partial) / "state.json", json.dumps(state))
             if not known:
                 _force_to_disk(partial)
+                shutil.rmtree(final, ignore_errors=True)  # remains of one, which is none without its state
                 partial.rename(final)
             for old in list_checkpoints(root)[:-keep]:
                 if kept_step is None or old.name != f"step-{kept_step:06d}":

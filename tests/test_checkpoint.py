@@ -58,6 +58,15 @@ DAMAGE = {
 }
 
 
+def test_what_remains_of_a_checkpoint_is_none_and_is_written_anew(root):
+    torn = root / "step-000009/learner/torn"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"half")
+    save_checkpoint(root, 9, Blob(b"whole"), STATE, keep=2)
+    again = Blob()
+    assert load_latest(root, again)[0] == 9 and again.weights == b"whole" and not torn.exists()
+
+
 @pytest.mark.parametrize(("damage", "why"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_refused_in_one_line(root, damage, why):
     older, newest = list_checkpoints(root)
