@@ -82,8 +82,14 @@ format: install
 docs: install  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d site
 
-bench: install  ## ratios with spread, written to benchmarks/results/
-	$(BIN)/python -m benchmarks.run_all
+bench: $(VLLM_VENV)/.peers  ## ratios with spread against vLLM, TRL and Liger, written to benchmarks/results/
+	$(VLLM_VENV)/bin/python -m benchmarks.run_all
+
+# The peers at their newest, over the packages that vLLM was installed with.
+$(VLLM_VENV)/.peers: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pip freeze | grep -E '^(torch|numpy|transformers|tokenizers|pydantic)==' > $(VLLM_VENV)/beneath.txt
+	$(VLLM_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c $(VLLM_VENV)/beneath.txt -e ".[bench]"
+	@touch $@
 
 micro: install  ## train the shipped micro checkpoints from nothing (about half an hour on two cores)
 	$(BIN)/agentopd micro build configs/micro.toml

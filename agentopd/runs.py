@@ -152,8 +152,8 @@ class Run:
     def _build(cls, config: RunConfig, root: Path) -> Run:
         _seed_everything(config)
         skills = load_skills(config.suite)
-        policy = build_policy(config.model.student, config.model.dtype, config.rollout, config.model.lora, config.ray)
         judge = Judge(skills.values(), build_sandbox(config.sandbox, skills.values(), config.ray))
+        policy = build_policy(config.model.student, config.model.dtype, config.rollout, config.model.lora, config.ray)
         teachers = build_teachers(config, policy, skills, judge, root)
         heldout = heldout_tasks(skills.values(), config.eval.tasks_per_skill, config.eval.seed)
         model = config.decontamination.embedding_model

@@ -9,7 +9,7 @@ import torch
 
 from agentopd.capacity import Shape
 from agentopd.errors import SandboxError
-from benchmarks import gpu
+from benchmarks import gpu, page, run_all
 from benchmarks.loss_head import Case
 
 SMALL = {
@@ -90,6 +90,55 @@ def test_it_ends_with_its_figures_of_vllm(name, capsys):
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_a_benchmark_of_vllm_says_that_it_is_absent(capsys):
     assert "vLLM is not installed" in figures_of("weight_sync", [], capsys)["skipped"]
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    assert f"{page.BEGIN}\n\n{page.table()}\n\n{page.END}" in page.PAGE.read_text()
+    assert {figure.benchmark for figure in page.FIGURES} == set(run_all.NAMES)
+
+
+def test_every_figure_of_the_page_is_one_that_its_benchmark_gives():
+    for figure in page.FIGURES:
+        path = page.RESULTS / f"{figure.benchmark}.json"
+        assert figure.key in json.loads(path.read_text())["figures"], f"{figure.benchmark}: {figure.key}"
+
+
+def test_a_row_says_whether_the_target_was_met():
+    time = page.Figure("b", "time", "a time", at_most=0.5, spread="speed")
+    spread = {"speed_low": 1.6, "speed_high": 2.5}
+    assert time.row({"time": 0.4, **spread}) == "| `b` | 0.4× (0.4 to 0.625) | a time | ≤ 0.5× | yes |"
+    assert time.row({"time": 0.5004, **spread}).endswith("| **no** |")
+    share = page.Figure("b", "share", "a share", at_least=0.03, unit="%")
+    assert share.row({"share": 0.0299}) == "| `b` | 2.99 % | a share | ≥ 3 % | **no** |"
+    assert share.row({"skipped": "no engine"}) == "| `b` | not measured | a share | ≥ 3 % | |"
+    assert page.Figure("b", "n", "bytes", unit="B").row({"n": 12345.0}) == "| `b` | 12,345 B | bytes | – |  |"
+
+
+def test_a_benchmark_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch, capfd):
+    page_copy = tmp_path / "benchmarks.md"
+    page_copy.write_text(f"before {page.BEGIN} old {page.END} after")
+    monkeypatch.setattr(page, "PAGE", page_copy)
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    monkeypatch.setattr(run_all, "RESULTS", tmp_path)
+    monkeypatch.setattr(run_all, "NAMES", ("gone", "transport"))
+    monkeypatch.setattr("sys.argv", ["run_all"])
+    with pytest.raises(SystemExit) as left:
+        run_all.main()
+    assert left.value.code == "failed, and kept as it was: gone"
+    kept = json.loads((tmp_path / "transport.json").read_text())
+    assert kept["machine"]["versions"]["torch"] == torch.__version__ and kept["figures"]["bytes_per_token"] < 320
+    assert not (tmp_path / "gone.json").exists()
+    text = page_copy.read_text()
+    assert text.startswith("before ") and text.endswith(" after") and " old " not in text
+    assert "a token on the wire" in text and "not measured" in text
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run_all", "los_head"])
+    with pytest.raises(SystemExit) as left:
+        run_all.main()
+    assert left.value.code == 2
+    assert "los_head" in capsys.readouterr().err
 
 
 def figures_of(name, arguments, capsys):

@@ -112,6 +112,8 @@ def test_environments_are_visible(agentopd, refused):
         (["train", str(QUICKSTART), "--set", "suite.skills.math.source=aime"], ["aime", "gsm8k"]),
         (["train", str(QUICKSTART), "--set", "run_dir=/proc/nowhere/run"], ["/proc/nowhere/run", "run_dir"]),
         (["train", str(QUICKSTART), "--set", "sandbox.backend=jial"], ["jial", "did you mean 'jail'"]),
+        # Before a model is loaded, which may take minutes.
+        (["train", str(QUICKSTART), "--set", "sandbox.backend=jial", "--set", "model.student=nowhere"], ["jial"]),
         (["resume", "runs/none"], ["runs/none"]),
         (["report", "runs/none"], ["runs/none"]),
         (["eval", "--suite", "configs/suites/micro.toml"], ["--model", "--policy"]),

@@ -85,6 +85,9 @@ def test_another_kind_drops_the_presets_settings_of_that_block(config_file):
         ("suite.skills.physics.weight=1", ["physics", "math, repair"]),
         ("suite.skills=5", ["suite.skills", "5"]),
         ("stages=3", ["stages", "3"]),
+        ("stages={name='first', steps=2}", ["stages: one table where a list of tables belongs: write [[stages]]"]),
+        ("objective.router.kind=comformity", ["objective.router", "unknown kind 'comformity'", "valid kinds: "]),
+        ("objective.divergence.kind=sampled_gp", ["unknown kind 'sampled_gp'; did you mean 'sampled_pg'?"]),
         ("suite.skills.repair.teacher=oracle", ["oracle", "default"]),
         ("nonsense", ["nonsense", "key.subkey=value"]),
         ("seed.x=1", ["seed", "x"]),
@@ -143,6 +146,12 @@ def test_an_empty_suite_is_refused(tmp_path):
     path.write_text('name = "empty"\n')
     with pytest.raises(ConfigError, match="suite is empty"):
         load_suite(path)
+
+
+def test_one_table_for_a_list_of_them_is_named(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[suite.skills]\nname = "math"\nenv = "math"\n')
+    assert "suite.skills: one table where a list of tables belongs: write [[suite.skills]]" in refusal(path)
 
 
 def test_two_skills_of_one_name_are_refused(config_file):

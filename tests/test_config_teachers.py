@@ -44,7 +44,8 @@ def test_kinds_of_teachers_and_the_way_back(load, tmp_path):
         (HF, ["objective.preset=opd", "suite.skills.store.teacher=codr"], "names teacher 'codr'.* has: default"),
         (HF, ["objective.preset=opd", "teachers.default.contxt=hint"], "teachers.default.contxt: unknown key|'contxt'"),
         (CHAT, ["teachers.default.context=hint"], "unknown key 'context' for kind 'chat'"),
-        ('[teachers.default]\nkind = "gpt"\n', [], "teachers.default"),
+        ('[teachers.default]\nkind = "gpt"\n', [], "unknown kind 'gpt'; valid kinds: chat, served, hf"),
+        (HF, ["teachers.default.kind=servd"], "unknown kind 'servd'; did you mean 'served'"),
         (HF, ["objective.preset=exopd", "objective.reference.policy=teacher_base"], "set 'base'"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from agentopd.config.base import OFF, Section
 from agentopd.config.objective import ObjectiveConfig
@@ -199,8 +200,21 @@ def _validate(model: type[T], raw: dict[str, Any], where: str) -> T:
     except ValidationError as exc:
         first = exc.errors()[0]
         place = ".".join(_place(raw, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        given = first.get("input")
-        shown = "" if isinstance(given, dict | Section) or first["type"] == "value_error" else f" (got {given!r})"
+        message = _words(first, place)
         more = f" (and {exc.error_count() - 1} more)" if exc.error_count() > 1 else ""
-        raise ConfigError(f"{where}: {place + ': ' if place else ''}{message}{shown}{more}") from None
+        raise ConfigError(f"{where}: {place + ': ' if place else ''}{message}{more}") from None
+
+
+def _words(error: ErrorDetails, place: str) -> str:
+    """What is wrong and what to write instead, with the value given where the message does not hold it."""
+    given, context = error.get("input"), error.get("ctx", {})
+    if error["type"] == "tuple_type" and isinstance(given, dict):
+        return f"one table where a list of tables belongs: write [[{place}]]"
+    if error["type"] == "union_tag_invalid":
+        kinds = [kind.strip(" '") for kind in context["expected_tags"].split(",")]
+        close = get_close_matches(str(context["tag"]), kinds, n=1)
+        return f"unknown kind {context['tag']!r}; " + (
+            f"did you mean {close[0]!r}?" if close else f"valid kinds: {', '.join(kinds)}"
+        )
+    shown = "" if isinstance(given, dict | Section) or error["type"] == "value_error" else f" (got {given!r})"
+    return error["msg"].removeprefix("Value error, ") + shown
