@@ -6,6 +6,7 @@ The verifier's own verdict stays what success is measured by; the rubric's is wh
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -19,12 +20,15 @@ from agentopd.teachers.chat import Question, any_text, plain_messages
 from agentopd.teachers.rubric import Grades
 from agentopd.types import Episode, StopReason, Task
 
+_LOG = logging.getLogger(__name__)
+
 
 async def reward(run: Run, judged: Sequence[Judged], tasks: Mapping[str, Task]) -> list[Judged]:
     """The episodes with the verdicts to train on: the rubric's where the objective has one, else the verifier's own.
 
     Groups are graded concurrently. A fault of teacher or judge leaves its group unjudged. Raises ``TeacherError`` where
-    no rank has a group for which they gave any answer: the step would train on nothing, and so would the next.
+    no rank has a group for which they gave any answer: the step would train on nothing, and so would the next. Where
+    none of their answers was of use the rubric trains on nothing, and a warning says so.
     """
     advantage = run.blocks.verifier
     if not isinstance(advantage, RubricAdvantage):
@@ -35,11 +39,13 @@ async def reward(run: Run, judged: Sequence[Judged], tasks: Mapping[str, Task]) 
             groups[episode.group_id].append(index)
     results = list(judged)
     unanswered: list[str] = []
+    unjudged: list[str] = []
 
     async def grade(group: str, indices: list[int]) -> None:
         episodes = [judged[i][0] for i in indices]
         grades = await _grade(run, episodes, tasks[episodes[0].task_hash], advantage.teacher_answers)
         unanswered.extend(filter(None, [grades.unanswered]))
+        unjudged.extend(filter(None, [grades.fault]))
         for index, verdict in zip(indices, grades.verdicts, strict=True):
             results[index] = (judged[index][0], verdict)
 
@@ -48,6 +54,8 @@ async def reward(run: Run, judged: Sequence[Judged], tasks: Mapping[str, Task]) 
     everywhere = [fault for found in faults for fault in found]
     if 0 < sum(counts) == len(everywhere):
         raise TeacherError(f"every episode of this step is unjudged, no question was answered: {everywhere[0]}")
+    if 0 < len(groups) == len(unjudged):
+        _LOG.warning("no group of this step could be judged, so the rubric trains on nothing: %s", unjudged[0])
     return results
 
 

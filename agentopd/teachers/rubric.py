@@ -68,6 +68,8 @@ class Grades:
 
     verdicts: list[Verdict]
     teacher_scores: list[float]
+    fault: str = ""
+    """Why the answers are unjudged; '' where they are not."""
     unanswered: str = ""
     """Why an endpoint gave no answer at all; '' where every one that was asked gave one."""
 
@@ -75,7 +77,7 @@ class Grades:
     def none(cls, count: int, fault: InfraError, **provenance: str) -> Grades:
         """``count`` answers that the fault leaves unjudged."""
         verdict = Verdict.unjudged(VerdictStatus.INFRA_ERROR, str(fault), **provenance)
-        return cls([verdict] * count, [], str(fault) if isinstance(fault, NoAnswerError) else "")
+        return cls([verdict] * count, [], str(fault), str(fault) if isinstance(fault, NoAnswerError) else "")
 
 
 class RubricJudge:

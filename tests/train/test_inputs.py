@@ -139,12 +139,14 @@ def test_rubrics_reward_and_the_verifier_still_measures(one_skill, small, honest
     assert asked.count("You grade answe") == 6
 
 
-def test_a_judge_that_refuses_moves_nothing(one_skill, small, serve):
+def test_a_judge_that_refuses_moves_nothing_and_the_run_says_so(one_skill, small, serve, caplog):
     server = serve(lambda question, messages: (200, "I would rather not."))
     judge = f'[judge]\nbase_url = "{server.base_url}"\nmodel = "toy"\napi_key_env = "none"\n'
     one_skill.write_text(one_skill.read_text() + judge)
     row = metrics(run(one_skill, small("train.steps=1", "objective.preset=ropd")))[0]
     assert row["batch/unjudged"] == 12 and row["learner/grad_norm"] == 0
+    (said,) = [message for message in caplog.messages if "no group of this step could be judged" in message]
+    assert "not the JSON that was asked for" in said
 
 
 def test_a_judge_that_is_away_ends_the_run_with_its_fault(one_skill, small, serve):
