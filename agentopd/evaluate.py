@@ -95,12 +95,16 @@ async def evaluate_script(
     codec: ToolCodec,
     on_judged: OnJudged = lambda: None,
 ) -> list[Judged]:
-    """Play a fixed script on every task: the gold solution, nothing at all, or the shipped starting point."""
+    """Play a fixed script on every task: the gold solution, nothing at all, or the shipped starting point.
+
+    No more episodes of a skill are under way than its ``max_live``, and no more than 64 in all.
+    """
     options = RolloutOptions(sandbox=judge.sandbox)
     gate = asyncio.Semaphore(64)
+    gates = {name: asyncio.Semaphore(skill.config.max_live or 64) for name, skill in skills.items()}
 
     async def one(task: Task, spec: EpisodeSpec) -> Judged:
-        async with gate:
+        async with gates[spec.skill], gate:
             episode = await run_scripted(spec, script_turns(script, spec, task), codec, options=options)
             verdict = await judge(task, episode)
         on_judged()

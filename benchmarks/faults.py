@@ -1,31 +1,37 @@
-"""Runs that are killed in every phase and resumed, against one that was left alone: the same files in the end.
+"""Runs that are struck in every phase and resumed, against one that was left alone: the same files in the end.
 
-Each fault is a SIGKILL from inside a real run (the shipped models, real environments, jail and DeepSpeed), a random
-moment after a phase of a step began. One run is killed once in every phase, in the steps from the second on, and each
-time resumed by a new process; the last process ends it. Nothing may be lost: metrics, evaluations, kept episodes and
-weights must be those of the undisturbed run, byte for byte where they hold no times.
+A fault strikes from inside a real run (the shipped models, real environments, jail and DeepSpeed), a random moment
+after a phase of a step began: a SIGKILL (``kill``), a SIGTERM (``term``), or a disk without a byte left (``disk``: a
+small tmpfs of its own, freed again once the run has stopped). One run is struck once in every phase, in the steps from
+the second on, and each time resumed by a new process; the last process ends it. Nothing may be lost: metrics,
+evaluations, kept episodes and weights must be those of the undisturbed run, byte for byte where they hold no times.
 
-python -m benchmarks.faults [ROUNDS]
+python -m benchmarks.faults [--rounds 20] [--kinds kill term disk]
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentopd.config import load_run_config
 from agentopd.console import make_console
+from agentopd.errors import StorageError
 from agentopd.runs import Run
 from agentopd.tracking import read_jsonl
 from agentopd.train import train
@@ -42,31 +48,63 @@ SPAN_S = 0.25
 UNTIMED = ("time/", "memory/")
 
 
+BALLAST = "ballast"
+"""What fills the disk, beside the run directories."""
+
+
+def fill(root: Path) -> None:
+    """Leave no byte on the disk of a run directory."""
+    file = os.open(root.parent / BALLAST, os.O_WRONLY | os.O_CREAT)
+    for size in (2**20, 2**12):
+        with suppress(OSError):
+            while os.write(file, bytes(size)):
+                pass
+    os.close(file)
+
+
+STRIKES: dict[str, Callable[[Path], None]] = {
+    "kill": lambda root: os.kill(os.getpid(), signal.SIGKILL),
+    "term": lambda root: os.kill(os.getpid(), signal.SIGTERM),
+    "disk": fill,
+}
+EXIT_CODES = {"kill": -signal.SIGKILL, "term": 0, "disk": os.EX_IOERR}
+"""What a process leaves with that was struck."""
+SMALL_DISK = 'mount -t tmpfs -o size=400m none "$0" && TMPDIR="$0" exec "$@"'
+
+
+def beginning(run: Run, phase: str) -> tuple[Any, str]:
+    """The part of a run whose method a phase begins with, and the method's name."""
+    began: dict[str, tuple[Any, str]] = {
+        "rollout": (run.policy.engine, "generate"),
+        "verify": (run.judge, "verifier"),
+        "teacher": (next(iter(run.teachers.by_key.values())), "score"),
+        "update": (run.learner, "step"),
+        "checkpoint": (run.learner, "save"),
+    }
+    return began[phase]
+
+
 @dataclass(frozen=True)
 class Fault:
-    """A SIGKILL ``delay_s`` after the first call that the phase makes in the step after ``step`` finished ones."""
+    """What strikes ``delay_s`` after the first call that the phase makes in the step after ``step`` finished ones."""
 
     phase: str
     step: int
     delay_s: float
+    kind: str = "kill"
 
     def arm(self, run: Run) -> None:
-        """Put the fault where the phase begins: in front of a method of the run's own part."""
-        teacher = next(iter(run.teachers.by_key.values()))
-        owner, name = {
-            "rollout": (run.policy.engine, "generate"),
-            "verify": (run.judge, "verifier"),
-            "teacher": (teacher, "score"),
-            "update": (run.learner, "step"),
-            "checkpoint": (run.learner, "save"),
-        }[self.phase]
+        """Put the fault where the phase begins."""
+        owner, name = beginning(run, self.phase)
         original = getattr(owner, name)
         # The update has been counted when the checkpoint begins.
         strikes_at = self.step + (self.phase == "checkpoint")
 
         def struck(*args: Any, **kwargs: Any) -> Any:
             if run.step == strikes_at:
-                threading.Timer(self.delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                strike = threading.Timer(self.delay_s, STRIKES[self.kind], (run.root,))
+                strike.daemon = True
+                strike.start()
             return original(*args, **kwargs)
 
         setattr(owner, name, struck)
@@ -78,7 +116,11 @@ def play(path: Path, fault: Fault | None) -> None:
     run = Run.resume(path) if begun else Run.start(load_run_config(CONFIG, [*OVERRIDES, f"run_dir={path}"]))
     if fault is not None:
         fault.arm(run)
-    asyncio.run(train(run, make_console(plain=True, stderr=True)))
+    try:
+        asyncio.run(train(run, make_console(plain=True, stderr=True)))
+    except StorageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(os.EX_IOERR)
 
 
 def in_a_process(path: Path, fault: Fault | None = None) -> int:
@@ -108,32 +150,62 @@ def results(path: Path) -> dict[str, Any]:
     return found
 
 
-def struck_run(path: Path, phases: Sequence[str], rng: random.Random) -> list[str]:
-    """A run killed once in each phase and resumed; the phases in which it was not lived through as it should be."""
+def struck_run(path: Path, phases: Sequence[str], rng: random.Random, kind: str = "kill") -> list[str]:
+    """A run struck once in each phase and resumed; the phases in which it was not lived through as it should be."""
     missed = []
     for step, phase in enumerate(phases, start=1):
-        if in_a_process(path, Fault(phase, step, rng.uniform(0, SPAN_S))) != -signal.SIGKILL:
+        if in_a_process(path, Fault(phase, step, rng.uniform(0, SPAN_S), kind)) != EXIT_CODES[kind]:
             missed.append(phase)
+        (path.parent / BALLAST).unlink(missing_ok=True)
     if in_a_process(path):
         missed.append("end")
     return missed
 
 
-def main(rounds: int) -> None:
-    rng = random.Random(0)
+def compared(kind: str, rounds: int) -> dict[str, int]:
+    """As many runs, struck in an order of phases of their own; how many faults struck, and how many runs end alike."""
+    rng, faults, same = random.Random(0), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
         in_a_process(whole)
-        expected, same, faults = results(whole), 0, 0
+        expected = results(whole)
         for index in range(rounds):
             path = Path(folder) / f"struck-{index}"
-            missed = struck_run(path, rng.sample(PHASES, len(PHASES)), rng)
+            missed = struck_run(path, rng.sample(PHASES, len(PHASES)), rng, kind)
             faults += len(PHASES) - len(missed)
             differing = [name for name, value in expected.items() if results(path).get(name) != value]
             same += not differing
-            print(f"run {index}: missed {missed}, differs in {differing}")
-    print(json.dumps({"runs": rounds, "faults": faults, "equal_runs": same}))
+            print(f"{kind}, run {index}: missed {missed}, differs in {differing}", flush=True)
+            shutil.rmtree(path)
+    return {f"{kind}_runs": rounds, f"{kind}_faults": faults, f"{kind}_equal_runs": same}
+
+
+def on_a_small_disk(rounds: int) -> dict[str, Any]:
+    """The same in a process that sees a tmpfs in the place of its temporary folder, or why it cannot."""
+    alone = ["unshare", "--mount", "--user", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        return {"disk_skipped": "no mount namespace of its own here"}
+    ours = [sys.executable, "-m", "benchmarks.faults", "--kinds", "disk", "--here", "--rounds", str(rounds)]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([*alone, "sh", "-c", SMALL_DISK, folder, *ours], stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="")
+    done.check_returncode()
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", choices=STRIKES, default=list(STRIKES))
+    parser.add_argument("--here", action="store_true", help="Fill the disk that is here: it had better be a small one.")
+    options = parser.parse_args(arguments)
+    figures: dict[str, Any] = {}
+    for kind in options.kinds:
+        elsewhere = kind == "disk" and not options.here
+        figures |= on_a_small_disk(options.rounds) if elsewhere else compared(kind, options.rounds)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    main()

@@ -66,6 +66,8 @@ class Figure:
         return number + (f" {self.unit}".rstrip() if unit and self.unit != "×" else "×" if unit else "")
 
 
+_STRUCK = "of 20 that end like a run left alone, struck once in every phase by"
+
 FIGURES = (
     Figure("loss_head", "time_vs_naive", "the time of autograd's top-K loss", at_most=0.65, spread="speedup_vs_naive"),
     Figure("loss_head", "time_vs_gemm", "the time of its three bare matrix products", spread="speedup_vs_gemm"),
@@ -101,7 +103,11 @@ FIGURES = (
     Figure("report", "build_s", "to build the report of a run of 200 steps", unit="s"),
     Figure("report", "megabytes", "its size on disk", at_most=5, unit="MB"),
     Figure("report", "first_paint_ms", "to its first paint", at_most=1000, unit="ms"),
-    Figure("faults", "equal_runs", "of 20 runs killed once in every phase end like one left alone", 20, unit="runs"),
+    Figure("faults", "kill_equal_runs", f"{_STRUCK} a SIGKILL", at_least=20, unit="runs"),
+    Figure("faults", "term_equal_runs", f"{_STRUCK} a SIGTERM", at_least=20, unit="runs"),
+    Figure("faults", "disk_equal_runs", f"{_STRUCK} a full disk", at_least=20, unit="runs"),
+    Figure("outages", "outages", "a teacher's outages in one run, 20 in each phase", at_least=80, unit=""),
+    Figure("outages", "differing", "files of that run that differ from one without outages", at_most=0, unit=""),
 )
 
 

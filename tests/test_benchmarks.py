@@ -22,6 +22,7 @@ SMALL = {
     "e2e_step": ["--prompts", "2", "--new", "4", "--rounds", "1"],
     "rollout": ["--prompts", "2", "--pairs", "1", "--dtype", "float32"],
     "report": ["--rounds", "1"],
+    "outages": ["--rounds", "1"],
 }
 KEYS = {
     "episodes": {"vs_slowest", "vs_apart", "vs_slower_half", "grown_mb"},
@@ -33,6 +34,7 @@ KEYS = {
     "growth": {f"exponent_{name}" for name in ("tasks", "turns", "positions", "length", "workers")},
     "rollout": {"vs_hf_generate"},
     "report": {"build_s", "megabytes", "first_paint_ms"},
+    "outages": {"outages", "outages_noticed", "differing"},
 }
 WITH_VLLM = {
     "rollout": {"vs_raw_vllm", "vs_raw_vllm_wall", "vs_raw_vllm_without_logprobs", "tokens_per_cpu_s"},

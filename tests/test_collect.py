@@ -12,7 +12,7 @@ from agentopd.config import SuiteConfig
 from agentopd.config.objective import Blocks
 from agentopd.config.retention import ReplayConfig
 from agentopd.config.rollout import RolloutConfig
-from agentopd.evaluate import stable_seed
+from agentopd.evaluate import evaluate_script, stable_seed
 from agentopd.mixture import Drawn, Mixture, TaskStream
 from agentopd.models import load_tokenizer
 from agentopd.rendering import ChatRenderer, HermesJSON
@@ -59,28 +59,46 @@ def test_an_episode_is_judged_on_its_own_skills_task(gold_run, tmp_path):
     assert [(episode.skill, verdict.outcome) for episode, verdict in judged] == [(item.skill, 1.0) for item in drawn]
 
 
-def test_no_more_gold_is_under_way_than_a_skill_allows(gold_run, tmp_path):
+@pytest.fixture
+def watched(tmp_path):
+    """A skill with three tasks and a bound, and how many of its episodes were under way at once."""
     skills = named_alike(tmp_path, {"easy": ("4", "6", "8")})
-    live, most = 0, 0
 
-    class Watched(skills["easy"].env):
-        async def reset(self, task, ctx):
-            nonlocal live, most
-            live += 1
-            most = max(most, live)
-            await asyncio.sleep(0)
-            return await super().reset(task, ctx)
+    def make(bound):
+        live, most = 0, [0]
 
-        async def close(self):
-            nonlocal live
-            live -= 1
-            await super().close()
+        class Watched(skills["easy"].env):
+            async def reset(self, task, ctx):
+                nonlocal live
+                live += 1
+                most[0] = max(most[0], live)
+                await asyncio.sleep(0)
+                return await super().reset(task, ctx)
 
-    for bound in (None, 2):
-        most, config = 0, skills["easy"].config.model_copy(update={"max_live": bound})
-        drawn = [Drawn("easy", task, False) for task in skills["easy"].tasks("train", 3, 0)]
-        _, judged = asyncio.run(collect(gold_run({"easy": Skill(config, Watched)}), drawn))
-        assert most == (bound or 3) and all(verdict.passed for _, verdict in judged)
+            async def close(self):
+                nonlocal live
+                live -= 1
+                await super().close()
+
+        return Skill(skills["easy"].config.model_copy(update={"max_live": bound}), Watched), most
+
+    return make
+
+
+@pytest.mark.parametrize("bound", [None, 2])
+def test_no_more_gold_is_under_way_than_a_skill_allows(gold_run, watched, bound):
+    skill, most = watched(bound)
+    drawn = [Drawn("easy", task, False) for task in skill.tasks("train", 3, 0)]
+    _, judged = asyncio.run(collect(gold_run({"easy": skill}), drawn))
+    assert most == [bound or 3] and all(verdict.passed for _, verdict in judged)
+
+
+@pytest.mark.parametrize("bound", [None, 2])
+def test_a_script_keeps_to_what_a_skill_allows(watched, bound):
+    skill, most = watched(bound)
+    judge, tasks = Judge([skill], None), {"easy": list(skill.tasks("train", 3, 0))}
+    judged = asyncio.run(evaluate_script("gold", {"easy": skill}, tasks, judge, HermesJSON()))
+    assert most == [bound or 3] and all(verdict.passed for _, verdict in judged)
 
 
 def test_a_task_drawn_twice_in_a_batch_has_two_groups(gold_run, tmp_path):

@@ -30,9 +30,10 @@ def whole(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_run_killed_in_every_phase_ends_like_one_left_alone(whole, tmp_path):
+@pytest.mark.parametrize("kind", ["kill", "term"])
+def test_a_run_struck_in_every_phase_ends_like_one_left_alone(whole, tmp_path, kind):
     path = tmp_path / "run"
-    assert faults.struck_run(path, faults.PHASES, random.Random(0)) == []
+    assert faults.struck_run(path, faults.PHASES, random.Random(0), kind) == []
     expected, found = faults.results(whole), faults.results(path)
     assert [name for name, value in expected.items() if found.get(name) != value] == []
     assert not list(path.glob("checkpoints/.partial-*"))
