@@ -45,37 +45,42 @@ class Outcome:
 async def train(run: Run, console: Console) -> Outcome | None:
     """Train from ``run.step`` to the end, evaluating and checkpointing on the way; closes the run.
 
-    After SIGTERM or Ctrl-C the step under way is finished and saved, and there is no outcome; a second Ctrl-C raises
-    ``KeyboardInterrupt`` at once.
+    After SIGTERM or Ctrl-C the step or evaluation under way is finished and saved, and there is no outcome unless it
+    was the last of all; a second Ctrl-C raises ``KeyboardInterrupt`` at once.
     """
-    schedule, rollouts = run.config.train, Rollouts(run)
-    try:
-        with _told_to_stop() as stopping:
-            await run.open()
-            if "base" not in run.evals:
-                await run.evaluate("base")
-                await run.evaluate_teacher()
+    rollouts = Rollouts(run)
+    with _told_to_stop() as stopping:
+        try:
+            return await _trained(run, rollouts, console, stopping)
+        finally:
+            await rollouts.aclose()
+            await run.aclose()
+
+
+async def _trained(run: Run, rollouts: Rollouts, console: Console, stopping: Callable[[], bool]) -> Outcome | None:
+    schedule = run.config.train
+    await run.open()
+    if "base" not in run.evals:
+        await run.evaluate("base")
+        await run.evaluate_teacher()
+        react(run)
+    await store_rollouts(run)
+    if stopping():
+        run.checkpoint()  # what was measured so far is not measured again
+        return None
+    with watching(console, schedule.steps, run.step, tuple(run.skills)) as show:
+        while run.step < schedule.steps:
+            show(await train_step(run, await rollouts.take()))
+            if await _evaluated(run):
                 react(run)
-            await store_rollouts(run)
-            if stopping():
-                run.checkpoint()  # what was measured so far is not measured again
+            told = stopping()
+            if _due(run.step, schedule.checkpoint_every) or run.step == schedule.steps or told:
+                run.checkpoint()
+            if told:
                 return None
-            with watching(console, schedule.steps, run.step, tuple(run.skills)) as show:
-                while run.step < schedule.steps:
-                    show(await train_step(run, await rollouts.take()))
-                    if await _evaluated(run):
-                        react(run)
-                    told = stopping()
-                    if _due(run.step, schedule.checkpoint_every) or run.step == schedule.steps or told:
-                        run.checkpoint()
-                    if told and run.step < schedule.steps:
-                        return None
-        after = await run.evaluate("final")
-        run.export()
-        return Outcome(run.evals["base"], after, run.evals.get("teacher"))
-    finally:
-        await rollouts.aclose()
-        await run.aclose()
+    after = await run.evaluate("final")
+    run.export()
+    return Outcome(run.evals["base"], after, run.evals.get("teacher"))
 
 
 @contextmanager

@@ -39,6 +39,13 @@ def test_a_run_struck_in_every_phase_ends_like_one_left_alone(whole, tmp_path, k
     assert not list(path.glob("checkpoints/.partial-*"))
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 0.3])
+def test_sigterm_after_the_last_step_lets_the_run_end(whole, tmp_path, delay_s):
+    last = faults.Fault("checkpoint", len(faults.PHASES), delay_s, "term")
+    assert faults.in_a_process(tmp_path / "run", last) == 0
+    assert faults.results(tmp_path / "run") == faults.results(whole)
+
+
 FULL_DISK = """
 mount -t tmpfs -o size=52m none "$DISK"
 "$PYTHON" -m agentopd.cli train "$CONFIG" --plain --set "run_dir=$DISK/run" "$@" 2> "$OUT/said"

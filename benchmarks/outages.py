@@ -1,0 +1,155 @@
+"""A served teacher that is killed in every phase of a run and comes back, against a run that it stayed for.
+
+The teacher is ``agentopd serve`` in a process of its own; the run is of the shipped models, real environments, jail and
+DeepSpeed. In every step the teacher's process is killed a random moment after a phase began, and started again up to
+``AWAY_S`` later. The run may wait, and must end with the metrics, evaluations, kept episodes and weights of the
+undisturbed one. ``outages_noticed`` counts those that the run met and waited for; the others were over by then.
+
+``python -m benchmarks.outages [--rounds 20]``: so many outages in each phase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import multiprocessing
+import os
+import random
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agentopd.commands import ServeOptions, serve
+from agentopd.config import load_run_config
+from agentopd.console import make_console
+from agentopd.runs import Run
+from agentopd.train import train
+from benchmarks import faults
+
+PHASES = faults.PHASES[:-1]
+"""A checkpoint does not ask the teacher, and is not written in every step."""
+AWAY_S = 2.0
+
+
+class Server:
+    """A teacher's server that can be killed."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["agentopd.commands", "agentopd.teachers.server", "transformers"])
+        self.start()
+
+    def start(self) -> None:
+        """Begin to serve; returns before it does."""
+        options = ServeOptions("micro/teacher", "hf", "auto", 64, "127.0.0.1", self.port)
+        self._process = self._context.Process(target=serve, args=(options,), daemon=True)
+        self._process.start()
+
+    def kill(self) -> None:
+        """End it in the middle of whatever it does."""
+        self._process.kill()
+        self._process.join()
+
+
+class Outages(logging.Handler):
+    """Strike once a step, in a phase drawn from a shuffled deck of them, and hear what the run says of it."""
+
+    def __init__(self, run: Run, server: Server, rng: random.Random) -> None:
+        super().__init__(logging.WARNING)
+        self.struck, self.noticed = 0, 0
+        self._run, self._server, self._rng = run, server, rng
+        self._deck: list[str] = []
+        self._step, self._due = -1, ""
+        self._under_way: list[threading.Thread] = []
+        for phase in PHASES:
+            self._watch(phase)
+
+    def _watch(self, phase: str) -> None:
+        owner, name = faults.beginning(self._run, phase)
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._run.step != self._step:
+                self._step = self._run.step
+                self._deck = self._deck or self._rng.sample(PHASES, len(PHASES))
+                self._due = self._deck.pop()
+            if phase == self._due:
+                self._due = ""
+                self._under_way.append(threading.Thread(target=self._strike))
+                self._under_way[-1].start()
+            return original(*args, **kwargs)
+
+        setattr(owner, name, watched)
+
+    def _strike(self) -> None:
+        if self._under_way[:-1]:
+            self._under_way[-2].join()
+        time.sleep(self._rng.uniform(0, faults.SPAN_S))
+        self._server.kill()
+        self.struck += 1
+        time.sleep(self._rng.uniform(0, AWAY_S))
+        self._server.start()
+
+    def settle(self) -> None:
+        """Wait until the last outage is over."""
+        for outage in self._under_way:
+            outage.join()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count what is said of a teacher that is away."""
+        self.noticed += "is away" in record.getMessage()
+
+
+def played(path: Path, server: Server, steps: int, rng: random.Random | None) -> Outages | None:
+    """A run at ``path``, with outages where there is an ``rng``."""
+    overrides = (
+        *faults.OVERRIDES, f"train.steps={steps}", f"train.checkpoint_every={steps}", f"run_dir={path}",
+        f'teachers.default={{kind = "served", base_url = "http://127.0.0.1:{server.port}"}}',
+    )  # fmt: skip
+    run = Run.start(load_run_config(faults.CONFIG, overrides))
+    outages = Outages(run, server, rng) if rng else None
+    if outages:
+        logging.getLogger("agentopd").addHandler(outages)
+    asyncio.run(train(run, make_console(plain=True, stderr=True)))
+    if outages:
+        outages.settle()
+    return outages
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20, help="Outages in each phase.")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    server, steps = Server(), options.rounds * len(PHASES)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            whole, struck = Path(folder) / "whole", Path(folder) / "struck"
+            played(whole, server, steps, None)
+            outages = played(struck, server, steps, random.Random(0))
+            expected, found = faults.results(whole), faults.results(struck)
+    finally:
+        server.kill()
+    differing = [name for name, value in expected.items() if found.get(name) != value]
+    print(f"differs in {differing}")
+    assert outages is not None
+    figures = {
+        "outages": outages.struck,
+        "outages_noticed": outages.noticed,
+        "steps": steps,
+        "differing": len(differing),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
