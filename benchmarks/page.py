@@ -105,6 +105,7 @@ FIGURES = (
     Figure("report", "first_paint_ms", "to its first paint", at_most=1000, unit="ms"),
     Figure("faults", "kill_equal_runs", f"{_STRUCK} a SIGKILL", at_least=20, unit="runs"),
     Figure("faults", "term_equal_runs", f"{_STRUCK} a SIGTERM", at_least=20, unit="runs"),
+    Figure("faults", "disk_equal_runs", f"{_STRUCK} a full disk", at_least=20, unit="runs"),
     Figure("outages", "outages", "a teacher's outages in one run, 20 in each phase", at_least=80, unit=""),
     Figure("outages", "differing", "files of that run that differ from one without outages", at_most=0, unit=""),
 )
