@@ -47,8 +47,8 @@ class Figure:
     def target(self) -> str:
         """The bound, or a dash."""
         if self.at_least is not None:
-            return f"≥ {self.shown(self.at_least)}"
-        return "–" if self.at_most is None else f"≤ {self.shown(self.at_most)}"
+            return f"≥ {self.shown(self.at_least, digits='.3g')}"
+        return "–" if self.at_most is None else f"≤ {self.shown(self.at_most, digits='.3g')}"
 
     def range(self, figures: dict[str, Any]) -> str:
         """The lowest and highest round, where the benchmark gives them."""
@@ -58,12 +58,12 @@ class Figure:
         low, high = (1 / high, 1 / low) if self.spread else (low, high)
         return f" ({self.shown(low, unit=False)} to {self.shown(high, unit=False)})"
 
-    def shown(self, value: float, unit: bool = True) -> str:
-        """Three digits, or a percentage."""
+    def shown(self, value: float, unit: bool = True, digits: str = "#.3g") -> str:
+        """Three digits of what was measured; a count, and a target, as they are."""
         if self.unit == "%":
-            return f"{100 * value:.3g}" + " %" * unit
-        number = f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-        return number + (f" {self.unit}".rstrip() if unit and self.unit != "×" else "×" if unit else "")
+            value *= 100
+        digits = ",.0f" if abs(value) >= 100 else ".6g" if isinstance(value, int) else digits
+        return f"{value:{digits}}" + (self.unit if self.unit in ("", "×") else f" {self.unit}") * unit
 
 
 _STRUCK = "of 20 that end like a run left alone, struck once in every phase by"

@@ -108,7 +108,7 @@ def test_every_figure_of_the_page_is_one_that_its_benchmark_gives():
 def test_a_row_says_whether_the_target_was_met():
     time = page.Figure("b", "time", "a time", at_most=0.5, spread="speed")
     spread = {"speed_low": 1.6, "speed_high": 2.5}
-    assert time.row({"time": 0.4, **spread}) == "| `b` | 0.4× (0.4 to 0.625) | a time | ≤ 0.5× | yes |"
+    assert time.row({"time": 0.4, **spread}) == "| `b` | 0.400× (0.400 to 0.625) | a time | ≤ 0.5× | yes |"
     assert time.row({"time": 0.5004, **spread}).endswith("| **no** |")
     share = page.Figure("b", "share", "a share", at_least=0.03, unit="%")
     assert share.row({"share": 0.0299}) == "| `b` | 2.99 % | a share | ≥ 3 % | **no** |"
