@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -346,8 +346,8 @@ class Verdict(VersionedRecord):
 
     outcome: float | None = Field(ge=0.0, le=1.0)
     status: VerdictStatus
-    reward: float | None = None
-    components: dict[str, float] = Field(default_factory=dict)
+    reward: FiniteFloat | None = None
+    components: dict[str, FiniteFloat] = Field(default_factory=dict)
     certificates: tuple[StepCertificate, ...] = ()
     flags: tuple[Flag, ...] = ()
     detail: str = ""

@@ -45,7 +45,8 @@ OVERRIDES = (
 )  # fmt: skip
 SPAN_S = 0.25
 """A fault strikes within this time of the beginning of its phase."""
-UNTIMED = ("time/", "memory/")
+OF_THE_MACHINE = ("time/", "memory/", "sync/replicas")
+"""Metrics that tell of the clock, the memory and how many servers are up, and of nothing that a fault may change."""
 
 
 BALLAST = "ballast"
@@ -79,6 +80,7 @@ def beginning(run: Run, phase: str) -> tuple[Any, str]:
         "verify": (run.judge, "verifier"),
         "teacher": (next(iter(run.teachers.by_key.values())), "score"),
         "update": (run.learner, "step"),
+        "sync": (run.policy.engine, "sync_weights"),
         "checkpoint": (run.learner, "save"),
     }
     return began[phase]
@@ -136,10 +138,10 @@ def in_a_process(path: Path, fault: Fault | None = None) -> int:
 
 
 def results(path: Path) -> dict[str, Any]:
-    """What a run leaves that does not depend on the clock."""
+    """What a run leaves that does not depend on the machine."""
     rows = read_jsonl(path / "metrics.jsonl")
     found: dict[str, Any] = {"weights": (path / "model/model.safetensors").read_bytes()}
-    found["metrics"] = [{k: v for k, v in row.items() if not k.startswith(UNTIMED)} for row in rows]
+    found["metrics"] = [{k: v for k, v in row.items() if not k.startswith(OF_THE_MACHINE)} for row in rows]
     for file in sorted(path.glob("eval/*.json")):
         found[file.name] = json.loads(file.read_text())
     for file in sorted(path.glob("episodes/*.jsonl")):

@@ -21,7 +21,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,21 @@ class Server:
 
 
 class Outages(logging.Handler):
-    """Strike once a step, in a phase drawn from a shuffled deck of them, and hear what the run says of it."""
+    """Strike once a step, in a phase drawn from a shuffled deck of them, and hear what the run says of it.
 
-    def __init__(self, run: Run, server: Server, rng: random.Random) -> None:
+    ``strike`` does so, and returns once it is over; ``said`` is what the run's warnings of it contain.
+    """
+
+    def __init__(
+        self, run: Run, phases: Sequence[str], strike: Callable[[], None], said: str, rng: random.Random
+    ) -> None:
         super().__init__(logging.WARNING)
         self.struck, self.noticed = 0, 0
-        self._run, self._server, self._rng = run, server, rng
+        self._run, self._phases, self._strike, self._said, self._rng = run, phases, strike, said, rng
         self._deck: list[str] = []
         self._step, self._due = -1, ""
         self._under_way: list[threading.Thread] = []
-        for phase in PHASES:
+        for phase in phases:
             self._watch(phase)
 
     def _watch(self, phase: str) -> None:
@@ -80,24 +85,22 @@ class Outages(logging.Handler):
         def watched(*args: Any, **kwargs: Any) -> Any:
             if self._run.step != self._step:
                 self._step = self._run.step
-                self._deck = self._deck or self._rng.sample(PHASES, len(PHASES))
-                self._due = self._deck.pop()
+                self._deck = self._deck or self._rng.sample(self._phases, len(self._phases))
+                self._due = self._due or self._deck.pop()
             if phase == self._due:
                 self._due = ""
-                self._under_way.append(threading.Thread(target=self._strike))
+                self._under_way.append(threading.Thread(target=self._play))
                 self._under_way[-1].start()
             return original(*args, **kwargs)
 
         setattr(owner, name, watched)
 
-    def _strike(self) -> None:
+    def _play(self) -> None:
         if self._under_way[:-1]:
             self._under_way[-2].join()
         time.sleep(self._rng.uniform(0, faults.SPAN_S))
-        self._server.kill()
+        self._strike()
         self.struck += 1
-        time.sleep(self._rng.uniform(0, AWAY_S))
-        self._server.start()
 
     def settle(self) -> None:
         """Wait until the last outage is over."""
@@ -105,24 +108,40 @@ class Outages(logging.Handler):
             outage.join()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Count what is said of a teacher that is away."""
-        self.noticed += "is away" in record.getMessage()
+        """Count what the run says of them."""
+        self.noticed += self._said in record.getMessage()
 
 
-def played(path: Path, server: Server, steps: int, rng: random.Random | None) -> Outages | None:
-    """A run at ``path``, with outages where there is an ``rng``."""
-    overrides = (
-        *faults.OVERRIDES, f"train.steps={steps}", f"train.checkpoint_every={steps}", f"run_dir={path}",
-        f'teachers.default={{kind = "served", base_url = "http://127.0.0.1:{server.port}"}}',
-    )  # fmt: skip
-    run = Run.start(load_run_config(faults.CONFIG, overrides))
-    outages = Outages(run, server, rng) if rng else None
+def played(path: Path, steps: int, overrides: Sequence[str], struck: Callable[[Run], Outages] | None) -> Outages | None:
+    """A run at ``path``, with the outages that ``struck`` arms it with."""
+    own = (*faults.OVERRIDES, f"train.steps={steps}", f"train.checkpoint_every={steps}", f"run_dir={path}", *overrides)
+    run = Run.start(load_run_config(faults.CONFIG, own))
+    outages = struck(run) if struck else None
     if outages:
         logging.getLogger("agentopd").addHandler(outages)
     asyncio.run(train(run, make_console(plain=True, stderr=True)))
     if outages:
+        logging.getLogger("agentopd").removeHandler(outages)
         outages.settle()
     return outages
+
+
+def compared(steps: int, overrides: Sequence[str], struck: Callable[[Run], Outages]) -> dict[str, int]:
+    """A run with outages against one without: how many there were, and how many files differ in the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, disturbed = Path(folder) / "whole", Path(folder) / "disturbed"
+        played(whole, steps, overrides, None)
+        outages = played(disturbed, steps, overrides, struck)
+        expected, found = faults.results(whole), faults.results(disturbed)
+    differing = [name for name, value in expected.items() if found.get(name) != value]
+    print(f"differs in {differing}")
+    assert outages is not None
+    return {
+        "outages": outages.struck,
+        "outages_noticed": outages.noticed,
+        "steps": steps,
+        "differing": len(differing),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,24 +149,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="Outages in each phase.")
     options = parser.parse_args(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    server, steps = Server(), options.rounds * len(PHASES)
+    server, rng = Server(), random.Random(0)
+
+    def strike() -> None:
+        server.kill()
+        time.sleep(rng.uniform(0, AWAY_S))
+        server.start()
+
+    teacher = f'teachers.default={{kind = "served", base_url = "http://127.0.0.1:{server.port}"}}'
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            whole, struck = Path(folder) / "whole", Path(folder) / "struck"
-            played(whole, server, steps, None)
-            outages = played(struck, server, steps, random.Random(0))
-            expected, found = faults.results(whole), faults.results(struck)
+        figures = compared(
+            options.rounds * len(PHASES), [teacher], lambda run: Outages(run, PHASES, strike, "is away", rng)
+        )
     finally:
         server.kill()
-    differing = [name for name, value in expected.items() if found.get(name) != value]
-    print(f"differs in {differing}")
-    assert outages is not None
-    figures = {
-        "outages": outages.struck,
-        "outages_noticed": outages.noticed,
-        "steps": steps,
-        "differing": len(differing),
-    }
     print(json.dumps(figures))
 
 

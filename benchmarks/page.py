@@ -108,6 +108,9 @@ FIGURES = (
     Figure("faults", "disk_equal_runs", f"{_STRUCK} a full disk", at_least=20, unit="runs"),
     Figure("outages", "outages", "a teacher's outages in one run, 20 in each phase", at_least=80, unit=""),
     Figure("outages", "differing", "files of that run that differ from one without outages", at_most=0, unit=""),
+    Figure("poison", "poisoned", "episodes poisoned in one run, 20 in each phase", at_least=80, unit=""),
+    Figure("poison", "explained", "of them on disk with the reason", at_least=80, unit=""),
+    Figure("poison", "differing", "files that differ, but for them, from a run without them", at_most=0, unit=""),
 )
 
 

@@ -1,4 +1,7 @@
-"""Benchmarks run at a small size and end in one JSON object with their keys; what they measure is not judged here."""
+"""Benchmarks run at a small size and end in one JSON object with their keys.
+
+How fast anything is, is not judged here; that a fault changes nothing, is.
+"""
 
 import importlib
 import json
@@ -23,6 +26,7 @@ SMALL = {
     "rollout": ["--prompts", "2", "--pairs", "1", "--dtype", "float32"],
     "report": ["--rounds", "1"],
     "outages": ["--rounds", "1"],
+    "poison": ["--rounds", "1"],
 }
 KEYS = {
     "episodes": {"vs_slowest", "vs_apart", "vs_slower_half", "grown_mb"},
@@ -35,12 +39,16 @@ KEYS = {
     "rollout": {"vs_hf_generate"},
     "report": {"build_s", "megabytes", "first_paint_ms"},
     "outages": {"outages", "outages_noticed", "differing"},
+    "poison": {"poisoned", "explained", "differing"},
 }
 WITH_VLLM = {
     "rollout": {"vs_raw_vllm", "vs_raw_vllm_wall", "vs_raw_vllm_without_logprobs", "tokens_per_cpu_s"},
     "weight_sync": {"canary_gap", "stale_head_caught", "stale_cache_caught", "sync_s", "share_of_step", "step_s"},
+    "server_deaths": {"outages", "outages_noticed", "differing"},
 }
-SMALL_WITH_VLLM = SMALL | {"weight_sync": ["--rounds", "2", "--steps", "2", "--prompts", "4"]}
+SMALL_WITH_VLLM = (
+    SMALL | {"weight_sync": ["--rounds", "2", "--steps", "2", "--prompts", "4"]} | {"server_deaths": ["--rounds", "1"]}
+)
 
 
 @pytest.mark.slow
@@ -57,6 +65,7 @@ def test_it_ends_with_its_figures(name, capsys):
         pytest.skip(left.code)
     assert KEYS[name] <= figures.keys()
     assert all(isinstance(figures[key], int | float) for key in KEYS[name])
+    assert not figures.get("differing"), "a fault left a trace"
 
 
 @pytest.mark.slow
@@ -87,6 +96,7 @@ def test_the_gpu_suite_refuses_a_machine_without_one(capsys):
 def test_it_ends_with_its_figures_of_vllm(name, capsys):
     figures = figures_of(name, SMALL_WITH_VLLM[name], capsys)
     assert all(isinstance(figures[key], int | float) for key in WITH_VLLM[name])
+    assert not figures.get("differing"), "a fault left a trace"
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

@@ -1,5 +1,7 @@
 """Records: aligned, immutable, and honest about what they do not know."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,6 +106,14 @@ def test_what_could_not_be_judged_is_never_a_score(status):
     assert verdict.outcome is None and verdict.reward is None and not verdict.passed
     with pytest.raises(ValidationError):
         Verdict(outcome=0.0, status=status, reward=0.0)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"outcome": math.nan}, {"reward": math.nan}, {"reward": math.inf}, {"components": {"size": math.nan}}]
+)
+def test_what_is_not_a_number_is_no_verdict(numbers):
+    with pytest.raises(ValidationError):
+        Verdict(**{"outcome": 1.0, "status": VerdictStatus.OK, "reward": 1.0, **numbers})
 
 
 def test_a_judged_status_needs_an_outcome():

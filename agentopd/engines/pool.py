@@ -126,12 +126,24 @@ class Pool:
         self._weights = weights
         self._homes.clear()
         await asyncio.gather(*(self._reload(replica) for replica in self.up))
-        await self._pick("")
+        await self.some_up()
 
     @property
     def up(self) -> list[Replica]:
         """The replicas that can be asked."""
         return [replica for replica in self.replicas if replica.is_up]
+
+    async def some_up(self) -> list[Replica]:
+        """The replicas that can be asked; waits until there is one. Raises ``EngineError`` after ``outage_s``."""
+        try:
+            async with asyncio.timeout(self._config.outage_s):
+                while not self.up:
+                    if all(replica.gone for replica in self.replicas):
+                        raise EngineError(f"no server is left; {self._faults()}")
+                    await self._changed.wait()
+        except TimeoutError:
+            raise EngineError(f"no server for {self._config.outage_s:g} s; {self._faults()}") from None
+        return self.up
 
     async def close(self) -> None:
         """Stop looking after the replicas, and end those that were started here."""
@@ -155,18 +167,11 @@ class Pool:
         return weights
 
     async def _pick(self, session: str) -> Replica:
-        """The replica for a request; waits, up to ``outage_s``, until there is one."""
-        try:
-            async with asyncio.timeout(self._config.outage_s):
-                while not self.up:
-                    if all(replica.gone for replica in self.replicas):
-                        raise EngineError(f"no server is left; {self._faults()}")
-                    await self._changed.wait()
-        except TimeoutError:
-            raise EngineError(f"no server for {self._config.outage_s:g} s; {self._faults()}") from None
+        """The replica for a request."""
+        up = await self.some_up()
         home = self._homes.get(session)
         if home is None or not home.is_up:
-            home = min(self.up, key=lambda replica: replica.turns)
+            home = min(up, key=lambda replica: replica.turns)
             if session and self._config.routing == "session":
                 self._homes[session] = home
         return home

@@ -186,30 +186,29 @@ class VLLMServersEngine:
             self.max_context = min(self.max_context, most)
 
     def _check(self) -> dict[str, float]:
-        """Ask the canary on every server that is up.
+        """Ask the canary on every server that is up; where none lives to answer, on who comes back.
 
         One forward pass, so that under ZeRO-3 the ranks stay together; who came up meanwhile is held to its result.
         """
         lives, sampled = self._wait(self._sampled_for_canary())
-        if not sampled:
-            raise EngineError("no server answered the canary")
         gap = self._canary.check_several(sampled)
         self._wait(self._hold_newcomers(lives))
         return {"sync/canary": gap, "sync/replicas": float(len(self._pool.up))}
 
     async def _sampled_for_canary(self) -> tuple[dict[str, int], list[list[Generation]]]:
         """The life in which each was asked, and what it sampled; who fails leaves the pool until it is back."""
-        replicas = self._pool.up
-        lives = {replica.name: replica.life for replica in replicas}
-        answers = await asyncio.gather(*map(self._canary_on, replicas), return_exceptions=True)
-        sampled = []
-        for replica, answer in zip(replicas, answers, strict=True):
-            if isinstance(answer, Away):
-                self._pool.blame(replica, lives[replica.name], str(answer))
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                sampled.append(answer)
+        sampled: list[list[Generation]] = []
+        while not sampled:
+            replicas = await self._pool.some_up()
+            lives = {replica.name: replica.life for replica in replicas}
+            answers = await asyncio.gather(*map(self._canary_on, replicas), return_exceptions=True)
+            for replica, answer in zip(replicas, answers, strict=True):
+                if isinstance(answer, Away):
+                    self._pool.blame(replica, lives[replica.name], str(answer))
+                elif isinstance(answer, BaseException):
+                    raise answer
+                else:
+                    sampled.append(answer)
         return lives, sampled
 
     async def _hold_newcomers(self, lives: dict[str, int]) -> None:

@@ -17,13 +17,15 @@ from typing import Any
 import psutil
 import pytest
 
-from agentopd.config.engines import ServersConfig
+from agentopd.config.engines import ServersConfig, VLLMConfig
 from agentopd.contracts import GenerationRequest, SamplingParams
+from agentopd.engines import VLLMServersEngine
 from agentopd.engines.http import Address, ask_json
 from agentopd.engines.pool import Pool, Replica, Weights
 from agentopd.engines.server_process import ServerProcess
 from agentopd.engines.token_client import TokenClient
 from agentopd.errors import ConfigError, EngineError
+from agentopd.models import load_model
 from tests.engines.token_server import DEADLY, HANGING, SLOW, sampled
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -290,6 +292,29 @@ def test_an_engine_that_fails_the_canary_is_given_up(place):
 
 
 @pytest.mark.slow
+def test_servers_that_all_die_between_weights_and_canary_are_waited_for(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    vllm = VLLMConfig(canary_bound=1e3, timeout_s=60.0)  # what is said by arithmetic is not what the model would say
+    made = VLLMServersEngine(load_model("micro/student", "float32"), vllm, ServersConfig(replicas=2), MODULE)
+    load, loads = Pool.load, 0
+
+    async def load_and_die(pool: Pool, weights: Weights) -> None:
+        nonlocal loads
+        loads += 1
+        await load(pool, weights)
+        for replica in pool.replicas:
+            os.kill(replica.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Pool, "load", load_and_die)
+    try:
+        found = made.sync_weights(1)
+        (one,) = asyncio.run(made.generate([request(7)]))
+    finally:
+        made.close()
+    assert loads == 1 and found["sync/replicas"] >= 1 and max(replica.life for replica in made.replicas) == 2
+    assert (one.weight_version, len(one.token_ids)) == (1, COUNT)
+
+
 def test_a_process_with_children_leaves_none_behind(place):
     process = place.process("server")
     process.start(place.weights("old").path)
