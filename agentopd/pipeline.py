@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from agentopd.collect import collect, collect_beside
 from agentopd.evaluate import Judged
 from agentopd.learner import runtime
-from agentopd.mixture import Drawn, MixtureState
+from agentopd.mixture import Drawn
 from agentopd.runs import Clock, Run
 from agentopd.types import Task
 
@@ -49,17 +49,16 @@ class Rollouts:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._ahead: deque[tuple[MixtureState, asyncio.Task[Collected]]] = deque()
+        self._ahead: deque[asyncio.Task[Collected]] = deque()
 
     async def take(self) -> Collected:
         """The batch of the step that is due; those that may be are begun."""
         run = self._run
         run.enter_stage()
         while self._may_begin(step := run.step + len(self._ahead)):
-            self._ahead.append((run.mixture.state(), self._begin(step)))
-        _, task = self._ahead.popleft()
-        run.ahead = self._ahead[0][0] if self._ahead else None
-        return await task
+            self._ahead.append(self._begin(step))
+        run.mixture.taken()
+        return await self._ahead.popleft()
 
     def _may_begin(self, step: int) -> bool:
         """Not beyond a stage: what comes after it depends on its end."""
@@ -69,26 +68,25 @@ class Rollouts:
 
     def _begin(self, step: int) -> asyncio.Task[Collected]:
         run = replace(self._run, step=step)
-        drawn, shares = run.mixture.draw(run.config.train.prompts_per_step), run.mixture.shares()
-        before = self._ahead[-1][1] if self._ahead else None
+        prompts = run.mixture.ahead(len(self._ahead), run.config.train.prompts_per_step)
+        before = self._ahead[-1] if self._ahead else None
 
         async def sampled() -> Collected:
             if before is not None:
                 await asyncio.wait([before])
-            clock, mine = Clock(), drawn[runtime.rank() :: runtime.world_size()]
+            clock, mine = Clock(), prompts.drawn[runtime.rank() :: runtime.world_size()]
             with clock.phase("rollout"):
                 own, others = await collect(run, mine)
                 beside = await collect_beside(run, mine, own)
-            return Collected(drawn, shares, own, others, beside, clock)
+            return Collected(prompts.drawn, prompts.shares, own, others, beside, clock)
 
         return asyncio.create_task(sampled())
 
     async def aclose(self) -> None:
         """Give up what was begun."""
-        tasks = [task for _, task in self._ahead]
-        for task in tasks:
+        for task in self._ahead:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._ahead, return_exceptions=True)
 
 
 async def apart(run: Run, work: Coroutine[Any, Any, T]) -> T:

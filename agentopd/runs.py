@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +108,6 @@ class Run:
     """Training tasks met so far that are held-out tasks in other words, by skill and task."""
     kept: Keep = keep_all
     """Leaves them out, where that is asked for."""
-    ahead: MixtureState | None = None
-    """Where the mixture stood before prompts were drawn that are not trained on yet; None where there are none."""
     _stage: int = -1
     _cpu_logged: float = 0.0
 
@@ -289,16 +287,12 @@ class Run:
         return result
 
     def checkpoint(self) -> None:
-        """Save everything an exact continuation needs. Prompts that were drawn ahead will be drawn again."""
-        mixture = self.mixture.state()
-        if self.ahead is not None:
-            at = ("positions", "credits", "replay_positions")
-            mixture = replace(mixture, **{name: getattr(self.ahead, name) for name in at})
+        """Save everything an exact continuation needs."""
         save_checkpoint(
             self.root / "checkpoints",
             self.step,
             self.learner,
-            mixture,
+            self.mixture.state(),
             keep=self.config.train.keep_checkpoints,
             kept_step=self.kept_step,
         )

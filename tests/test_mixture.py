@@ -401,3 +401,21 @@ def test_an_interrupted_mixture_retries_the_same_tasks():
         assert fresh.draw(10) == drawn
         mix.record(drawn, *failing(drawn))
         fresh.record(drawn, *failing(drawn))
+
+
+def test_an_interrupted_mixture_trains_on_what_was_drawn_ahead():
+    """Its prompts were drawn before the last outcomes were known, which would draw others."""
+
+    def step(mix) -> list:
+        prompts, _ = [mix.ahead(index, 10) for index in range(2)]
+        mix.taken()
+        mix.record(prompts.drawn, *failing(prompts.drawn))
+        return [prompts.drawn, prompts.shares]
+
+    mix, fresh = retrying(), retrying()
+    for _ in range(3):
+        step(mix)
+    fresh.restore(MixtureState(**json.loads(json.dumps(asdict(mix.state())))))
+    left_alone = [step(mix) for _ in range(3)]
+    assert [step(fresh) for _ in range(3)] == left_alone
+    assert any(item.again for drawn, _ in left_alone for item in drawn)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count, islice
@@ -122,6 +122,25 @@ class Drawn:
     """How often its task comes before it in the batch: an epoch may end, and the next one begin, inside a batch."""
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """A batch before it is sampled."""
+
+    drawn: list[Drawn]
+    shares: dict[str, float]
+    """Every skill's share of the loss."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: JSON values."""
+        drawn = [{**vars(item), "task": item.task.model_dump(mode="json")} for item in self.drawn]
+        return {"drawn": drawn, "shares": self.shares}
+
+    @classmethod
+    def restored(cls, drawn: Sequence[Mapping[str, Any]], shares: Mapping[str, float]) -> Prompts:
+        """The batch of a saved state."""
+        return cls([Drawn(**{**item, "task": Task.model_validate(item["task"])}) for item in drawn], dict(shares))
+
+
 class CoresetStream:
     """A chosen few of a skill's tasks, over and over in a new order each time; seekable like ``TaskStream``."""
 
@@ -160,6 +179,7 @@ class MixtureState:
     watches: dict[str, dict[str, Any]] = field(default_factory=dict)
     replay_positions: dict[str, int] = field(default_factory=dict)
     unsolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ahead: list[dict[str, Any]] = field(default_factory=list)
 
     def scores(self) -> ReplayScores:
         """The old skills' scores of then."""
@@ -198,6 +218,7 @@ class Mixture:
         self._watches: dict[str, Watch] = {}
         self._credits = {skill.name: 0.0 for skill in skills}
         self._unsolved = {skill.name: Unsolved(retry_share) for skill in skills if retry_share > 0}
+        self._ahead: deque[Prompts] = deque()
 
     def assign(self, new: Sequence[str], old: Sequence[str]) -> None:
         """The skills to train and to replay from here on; skills in neither wait for their stage."""
@@ -270,6 +291,19 @@ class Mixture:
             counts[name] += 1
         return list(_counted(item for name in active for item in self._take(name, counts[name])))
 
+    def ahead(self, index: int, num: int) -> Prompts:
+        """The batch that is trained on after ``index`` others; it is drawn, of ``num`` prompts, when first asked for.
+
+        What was drawn is part of the state: what is recorded meanwhile would draw other prompts in its place.
+        """
+        while len(self._ahead) <= index:
+            self._ahead.append(Prompts(self.draw(num), self.shares()))
+        return self._ahead[index]
+
+    def taken(self) -> None:
+        """The first batch of those ahead is being trained on."""
+        self._ahead.popleft()
+
     def record(self, drawn: Sequence[Drawn], tried: Set[str], solved: Set[str]) -> None:
         """Tell which of the prompts ``drawn`` the student tried and which it solved, by their tasks' hashes."""
         for name in self._unsolved.keys() & set(self._new):
@@ -287,6 +321,7 @@ class Mixture:
             watches={name: asdict(watch) for name, watch in self._watches.items()},
             replay_positions={name: stream.position for name, stream in self.replay_streams.items()},
             unsolved={name: unsolved.state() for name, unsolved in self._unsolved.items()},
+            ahead=[prompts.state() for prompts in self._ahead],
         )
 
     def restore(self, state: MixtureState) -> None:
@@ -302,6 +337,7 @@ class Mixture:
         self.share = self._replay.share if state.share is None else state.share
         self.budgets = dict(state.budgets)
         self._watches = {name: Watch.restored(watch) for name, watch in state.watches.items()}
+        self._ahead = deque(Prompts.restored(**prompts) for prompts in state.ahead)
 
     def _take(self, name: str, num: int) -> list[Drawn]:
         is_old, unsolved = name in self._old, self._unsolved.get(name)

@@ -18,7 +18,7 @@ from agentopd.runs import Run
 from agentopd.tracking import read_jsonl
 from agentopd.train import train
 from agentopd.types import VerdictStatus
-from benchmarks.faults import UNTIMED
+from benchmarks.faults import OF_THE_MACHINE
 from tests.scaleout.conftest import ROOT
 from tests.tiny import qwen3
 
@@ -154,7 +154,7 @@ def test_a_run_with_workers_is_the_run_without(cluster, machines, tmp_path):
         run = Run.start(load_run_config(ROOT / "configs/quickstart.toml", overrides))
         asyncio.run(train(run, make_console(plain=True)))
         rows = read_jsonl(run.root / "metrics.jsonl")
-        found[name] = [{key: row[key] for key in row if not key.startswith(UNTIMED)} for row in rows]
+        found[name] = [{key: row[key] for key in row if not key.startswith(OF_THE_MACHINE)} for row in rows]
     assert found["with"] == found["without"]
 
 

@@ -14,14 +14,14 @@ from agentopd.pipeline import Rollouts
 from agentopd.runs import Run
 from agentopd.tracking import RunDirectory, read_jsonl
 from agentopd.train import train, train_step
-from benchmarks.faults import UNTIMED
+from benchmarks.faults import OF_THE_MACHINE
 
 TINY = ("train.prompts_per_step=3", "eval.tasks_per_skill=1", "eval.start_kl=false")
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
     rows = read_jsonl(path / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith(UNTIMED)} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(OF_THE_MACHINE)} for row in rows]
 
 
 async def in_turn(run: Run) -> None:
@@ -67,7 +67,9 @@ def test_rollouts_overlap_and_are_no_staler_than_allowed(quickstart, small):
 
 @pytest.mark.slow
 def test_prompts_drawn_ahead_are_drawn_again_after_a_resume(quickstart, small):
-    ahead = Run.start(load_run_config(quickstart, small("train.steps=3", "train.max_staleness=1", *TINY, name="ahead")))
+    retrying = (*TINY, "train.prompts_per_step=6", "train.retry_share=0.9", "tracking.episodes_per_step=12")
+    overrides = small("train.steps=3", "train.max_staleness=1", *retrying, name="ahead")
+    ahead = Run.start(load_run_config(quickstart, overrides))
     asyncio.run(train(ahead, make_console(plain=True)))
     cut = ahead.root.with_name("cut")
     shutil.copytree(ahead.root, cut)
