@@ -83,9 +83,10 @@ docs: install  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d site
 
 bench: $(VLLM_VENV)/.peers  ## ratios with spread against vLLM, TRL and Liger, written to benchmarks/results/
+	-$(VLLM_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -U -c $(VLLM_VENV)/beneath.txt trl liger-kernel
 	$(VLLM_VENV)/bin/python -m benchmarks.run_all
 
-# The peers at their newest, over the packages that vLLM was installed with.
+# The peers, over the packages that vLLM was installed with; every `make bench` looks for newer ones.
 $(VLLM_VENV)/.peers: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pip freeze | grep -E '^(torch|numpy|transformers|tokenizers|pydantic)==' > $(VLLM_VENV)/beneath.txt
 	$(VLLM_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c $(VLLM_VENV)/beneath.txt -e ".[bench]"

@@ -3,8 +3,9 @@
 ``ceiling_tflops`` is the best of a few square products of the dtype, measured here. The head runs at widths of 2048 and
 4096 over 151,936 ids, against the naive loss, its bare products, TRL's chunks and Liger's, in chunks and in Triton; a
 share is the head's 6 T H V operations in its time over the ceiling. The step is a random Qwen3 of 0.6B with a teacher
-of its shape: sampling by the in-process engine, the teacher's forward pass, and the learner, whose share counts 6 P a
-token. Memory is the peak that torch allocated.
+of its shape: sampling by the in-process engine, the teacher's forward pass, and the learner, whose share counts 6
+operations a weight and token: of the body for every token, of the head for the sampled ones. Memory is the peak that
+torch allocated. A peer that fails is named, and the rest goes on.
 
 ``python -m benchmarks.gpu [--rounds 5] [--positions 8192] [--student 0.6B]``; without a GPU it exits with 2.
 """
@@ -52,15 +53,17 @@ def synchronised(device: str) -> float:
     return time.perf_counter()
 
 
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds of one run."""
+    started = synchronised(device)
+    work()
+    return synchronised(device) - started
+
+
 def seconds(work: Callable[[], object], device: str, rounds: int) -> float:
     """Median of a few runs after one that does not count."""
     work()
-    found = []
-    for _ in range(rounds):
-        started = synchronised(device)
-        work()
-        found.append(synchronised(device) - started)
-    return median(found)
+    return median(timed(work, device) for _ in range(rounds))
 
 
 def peak_bytes(work: Callable[[], object], device: str) -> int:
@@ -82,20 +85,36 @@ def ceiling(device: str, dtype: torch.dtype, sizes: Sequence[int], rounds: int) 
     return max(rates)
 
 
-def head(case: Case, ways: Sequence[str], most: float, rounds: int) -> dict[str, float]:
-    """Times against ours, shares of the ceiling, and peaks."""
+def head(case: Case, ways: Sequence[str], most: float, rounds: int) -> dict[str, Any]:
+    """Times against ours with their spread, all in turn, shares of the ceiling, and peaks.
+
+    A peer that fails, for want of memory or otherwise, is named in ``failed`` and takes none of the others along.
+    """
     device = case.hidden.device.type
     positions, width = case.hidden.shape
+    peaks, failed = {}, {}
+    for way in ("fused", "fused_whole", *ways):
+        try:
+            getattr(case, way)()  # a peer may compile
+            peaks[way] = peak_bytes(getattr(case, way), device)
+        except Exception as error:
+            if way not in ways:
+                raise
+            failed[way] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+    taken = {way: list[float]() for way in peaks}
+    for _ in range(rounds):
+        for way, found in taken.items():
+            found.append(timed(getattr(case, way), device))
+    figures: dict[str, Any] = {"failed": failed} if failed else {}
+    for way in (way for way in ways if way in peaks):
+        ours = taken["fused_whole" if way.startswith("liger") else "fused"]
+        ratios = [own / theirs for own, theirs in zip(ours, taken[way], strict=True)]
+        spread = {"": median(ratios), "_low": min(ratios), "_high": max(ratios)}
+        figures |= {f"time_vs_{way}{end}": round(value, 3) for end, value in spread.items()}
+    figures |= {f"ms_{way}": round(1e3 * median(found), 3) for way, found in taken.items()}
+    figures |= {f"gib_{way}": round(peak / 2**30, 3) for way, peak in peaks.items()}
     operations = 6 * positions * width * len(case.weight)
-    used = ["fused", "fused_whole", *ways]
-    taken = {way: seconds(getattr(case, way), device, rounds) for way in used}
-    ours = {way: "fused_whole" if way.startswith("liger") else "fused" for way in ways}
-    return {
-        **{f"time_vs_{way}": round(taken[ours[way]] / taken[way], 3) for way in ways},
-        **{f"ms_{way}": round(1e3 * taken[way], 3) for way in used},
-        **{f"gib_{way}": round(peak_bytes(getattr(case, way), device) / 2**30, 3) for way in used},
-        "share_of_ceiling": round(operations / taken["fused"] / most, 3),
-    }
+    return {**figures, "share_of_ceiling": round(operations / median(taken["fused"]) / most, 3)}
 
 
 def random_model(shape: Shape, dtype: torch.dtype, device: str) -> Any:
@@ -130,11 +149,17 @@ def step(shape: Shape, size: StepSize, device: str, dtype: torch.dtype, most: fl
     found = [ours.step(size.prompts) for _ in range(size.steps)]
     sampled = sum(tokens for _, tokens in found)
     read = sampled + size.steps * size.prompts * size.prompt
+    rates = [tokens / taken for taken, tokens in found]
+    table = shape.vocabulary * shape.width  # an embedding is looked up; a head sees what was sampled alone
+    body = shape.parameters - table * (1 if shape.tied else 2)
+    operations = 6 * (body * read + table * sampled)
     return {
         **{f"s_{part}": round(spent / size.steps, 4) for part, spent in ours.spent.items()},
         "sampled_tokens_per_s": round(sampled / ours.spent["rollout"], 1),
         "tokens_per_s": round(sampled / sum(taken for taken, _ in found), 1),
-        "learner_share_of_ceiling": round(6 * shape.parameters * read / ours.spent["learner"] / most, 4),
+        "tokens_per_s_low": round(min(rates), 1),
+        "tokens_per_s_high": round(max(rates), 1),
+        "learner_share_of_ceiling": round(operations / ours.spent["learner"] / most, 4),
     }
 
 

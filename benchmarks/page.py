@@ -107,6 +107,8 @@ FIGURES = (
     Figure("faults", "term_equal_runs", f"{_STRUCK} a SIGTERM", at_least=20, unit="runs"),
     Figure("faults", "disk_equal_runs", f"{_STRUCK} a full disk", at_least=20, unit="runs"),
     Figure("outages", "outages", "a teacher's outages in one run, 20 in each phase", at_least=80, unit=""),
+    Figure("outages", "outages_noticed", "of them that the run met and waited for", unit=""),
+    Figure("outages", "longest_s", "the longest of them", at_least=120, unit="s"),
     Figure("outages", "differing", "files of that run that differ from one without outages", at_most=0, unit=""),
     Figure("poison", "poisoned", "episodes poisoned in one run, 20 in each phase", at_least=80, unit=""),
     Figure("poison", "explained", "of them on disk with the reason", at_least=80, unit=""),

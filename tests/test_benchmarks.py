@@ -25,7 +25,7 @@ SMALL = {
     "e2e_step": ["--prompts", "2", "--new", "4", "--rounds", "1"],
     "rollout": ["--prompts", "2", "--pairs", "1", "--dtype", "float32"],
     "report": ["--rounds", "1"],
-    "outages": ["--rounds", "1"],
+    "outages": ["--rounds", "1", "--longest", "3"],
     "poison": ["--rounds", "1"],
 }
 KEYS = {
@@ -38,7 +38,7 @@ KEYS = {
     "growth": {f"exponent_{name}" for name in ("tasks", "turns", "positions", "length", "workers")},
     "rollout": {"vs_hf_generate"},
     "report": {"build_s", "megabytes", "first_paint_ms"},
-    "outages": {"outages", "outages_noticed", "differing"},
+    "outages": {"outages", "outages_noticed", "longest_s", "differing"},
     "poison": {"poisoned", "explained", "differing"},
 }
 WITH_VLLM = {
@@ -72,13 +72,25 @@ def test_it_ends_with_its_figures(name, capsys):
 def test_the_parts_of_the_gpu_suite_at_toy_size():
     most = gpu.ceiling("cpu", torch.float32, (64, 128), 2)
     found = gpu.head(Case(256, 32, 512, torch.float32), ["naive", "gemm"], most, 1)
-    assert found["share_of_ceiling"] > 0 and {"time_vs_naive", "time_vs_gemm", "ms_fused", "gib_naive"} <= found.keys()
+    assert found["share_of_ceiling"] > 0 and {"ms_fused", "ms_naive", "ms_gemm", "gib_naive"} <= found.keys()
+    assert found["time_vs_naive_low"] <= found["time_vs_naive"] <= found["time_vs_naive_high"] and "failed" not in found
     shape = Shape(2, 32, 64, 2, 1, 16, 64, tied=True)
     assert (
         sum(weight.numel() for weight in gpu.random_model(shape, torch.float32, "cpu").parameters()) == shape.parameters
     )
     found = gpu.step(shape, gpu.StepSize(prompts=2, prompt=5, new=4, steps=1), "cpu", torch.float32, most)
     assert found["s_learner"] > 0 and found["learner_share_of_ceiling"] > 0 and found["sampled_tokens_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_a_peer_that_fails_is_named_and_the_others_are_measured(monkeypatch):
+    def out_of_memory(self: Case) -> None:
+        raise torch.OutOfMemoryError("no 9 GiB left\nand more")
+
+    monkeypatch.setattr(Case, "naive", out_of_memory)
+    found = gpu.head(Case(256, 32, 512, torch.float32), ["naive", "gemm"], 1e9, 1)
+    assert found["failed"] == {"naive": "OutOfMemoryError: no 9 GiB left"}
+    assert "time_vs_gemm" in found and "time_vs_naive" not in found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
