@@ -95,9 +95,9 @@ def evidence_bytes(tokens: int, top_k: int) -> int:
     return tokens * (FP32 + (3 + BF16) * top_k)
 
 
-def sync_seconds(parameters: int, bytes_per_second: float) -> float:
-    """Until every replica has the weights, which a broadcast sends along a pipeline: their size over one link."""
-    return BF16 * parameters / bytes_per_second
+def sync_seconds(parameters: int, replicas: float, link: float, folder: float) -> float:
+    """One rank writes the weights over its link, then every replica reads them from a folder that all of them share."""
+    return BF16 * parameters * (1 / link + replicas / folder)
 
 
 def decode_rate(shape: Shape, sequences: int, context: int, bandwidth: float) -> float:
@@ -134,6 +134,8 @@ class Hardware:
     bandwidth_use: float = 0.6
     link: float = 50e9
     """Between machines, bytes a second for each GPU (400 Gbit/s)."""
+    folder: float = 50e9
+    """Of the folder that weights go through, bytes a second for all readers together: an assumption."""
     host_cores: int = 64
     cpu_s_per_verdict: float = 0.016
     """Of a program with ten calls in the jail (docs/sandbox.md)."""
@@ -188,7 +190,7 @@ def figures(plan: Plan, hardware: Hardware = Hardware()) -> dict[str, float]:
     rollout = sampled / (replicas * decode_rate(student, plan.live, context, bandwidth))
     train = train_flops(student.parameters, tokens) / (flops * ranks)
     score = score_flops(teacher.parameters, tokens) / (flops * plan.scorers)
-    sync = 0.0 if plan.shared else sync_seconds(student.parameters, hardware.link)
+    sync = 0.0 if plan.shared else sync_seconds(student.parameters, replicas, hardware.link, hardware.folder)
     step = (rollout + score + train + sync) if plan.shared else max(rollout, score, train) + sync
     return {
         "state_gib": state_bytes(student.parameters, ranks, plan.zero_stage) / GIB,
@@ -203,7 +205,8 @@ def figures(plan: Plan, hardware: Hardware = Hardware()) -> dict[str, float]:
         "sync_s": sync,
         "step_s": step,
         "evidence_gib": evidence_bytes(sampled, 64) / GIB,
-        "sync_gib": 0.0 if plan.shared else BF16 * student.parameters * replicas / GIB,
+        "written_gib": 0.0 if plan.shared else BF16 * student.parameters / GIB,
+        "read_gib": 0.0 if plan.shared else BF16 * student.parameters * replicas / GIB,
         "verdicts_per_s": plan.episodes / step,
         "judge_cores": judge_cores(plan.episodes, step, hardware.cpu_s_per_verdict),
         "suite_cores": (suites := judge_cores(plan.episodes, step, hardware.cpu_s_per_suite)),
@@ -224,7 +227,8 @@ ROWS = (
     ("weight sync, s", "sync_s"),
     ("step, s", "step_s"),
     ("teacher's answers, GiB a step", "evidence_gib"),
-    ("weights sent, GiB a step", "sync_gib"),
+    ("weights written, GiB a step", "written_gib"),
+    ("weights read by servers, GiB a step", "read_gib"),
     ("verdicts a second", "verdicts_per_s"),
     ("cores that judge, 16 ms a verdict", "judge_cores"),
     ("cores that judge, 5 s a verdict", "suite_cores"),

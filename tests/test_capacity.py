@@ -59,7 +59,7 @@ def test_a_step_by_hand():
     assert capacity.decode_rate(shape, 1, 0, 2 * shape.parameters) == 1
     assert capacity.train_flops(10, 3) == 240 and capacity.train_flops(10, 3, recompute=False) == 180
     assert capacity.judge_cores(100, 10, 0.5) == 5
-    assert capacity.sync_seconds(25_000_000_000, 50e9) == 1
+    assert capacity.sync_seconds(25_000_000_000, replicas=4, link=50e9, folder=100e9) == 1 + 2
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from agentopd.config.base import Section
 
@@ -33,23 +34,37 @@ class VLLMConfig(Section):
 
 
 class ServersConfig(Section):
-    """vLLM servers that take token ids over HTTP. Every rank of a launched job has its own."""
+    """vLLM servers that take token ids over HTTP. All ranks of a launched job share ``urls``; each starts its own
+    ``replicas``.
+    """
 
     replicas: int | None = Field(None, ge=0)
     """Servers that are started on this machine, for each rank; None is one, or none where ``urls`` are given."""
     urls: tuple[str, ...] = ()
-    """Servers started elsewhere, ``http://HOST:PORT``, dealt to the ranks in turn."""
+    """Servers started elsewhere, ``http://HOST:PORT``, each named once; every rank samples from all of them."""
     gpus: tuple[int, ...] = ()
     """One GPU for each server that is started, over all ranks; empty: they see what the learner sees."""
     folder: str | None = None
     """Where weights are left for the servers to read, under the same path on every machine; None is a temporary folder
-    of this one."""
+    of this one. Ranks on several machines that share ``urls`` need it."""
     routing: Literal["session", "least_loaded"] = "session"
     """``session`` keeps the turns of an episode on one server, whose prefix cache then has the turns before."""
     turn_timeout_s: float = Field(600.0, gt=0)
     """Deadline of one turn. A server that is past it is taken to hang."""
     outage_s: float = Field(1800.0, ge=0)
     """How long the run waits while no server can be reached or brought back."""
+
+    @field_validator("urls")
+    @classmethod
+    def _named_once(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        # A server that is named twice would get twice the turns.
+        seen: set[str] = set()
+        for url in urls:
+            parts = urlsplit(url)
+            if (place := parts._replace(netloc=parts.netloc.lower()).geturl().rstrip("/")) in seen:
+                raise ValueError(f"{url!r} is named twice: name each server once, the ranks share them")
+            seen.add(place)
+        return urls
 
     @property
     def started(self) -> int:

@@ -1,8 +1,9 @@
 """Replicas behind HTTP: which one gets a request, and what happens to one that dies, hangs, or has other weights.
 
 A replica that fails is out of the pool until it has been started again (or answers again, where somebody else runs it),
-was given the current weights, and has passed the canary. Its requests are asked of another, or of itself once it is
-back: a fault of a server is never an answer.
+has the current weights, and has passed the canary. Its requests are asked of another, or of itself once it is back: a
+fault of a server is never an answer. The pools of several ranks may share a replica: whoever meets it without the
+current weights brings them, and the others see by their label that it has them, or that they are on their way.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from agentopd.config.engines import ServersConfig
 from agentopd.contracts import GenerationRequest
+from agentopd.engines.background import Gate
 from agentopd.engines.http import Away
 from agentopd.engines.server_process import ServerProcess
 from agentopd.engines.token_client import Sampled, TokenClient
@@ -46,6 +49,8 @@ class Replica:
     """Why it is not up, or is about to leave."""
     gone: bool = False
     """It will not come back."""
+    brought_since: float | None = None
+    """When another rank was first seen to bring it the current weights, by ``time.monotonic``."""
     faulty: asyncio.Event = field(default_factory=asyncio.Event)
 
     def reach(self) -> TokenClient:
@@ -79,17 +84,19 @@ class Pool:
         self._load_s = load_s
         self._check = check
         self._weights: Weights | None = None
+        self._name = uuid.uuid4().hex[:8]
+        self._loads = Gate()
         self._homes: dict[str, Replica] = {}
         self._changed = asyncio.Event()
         self._suspects = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, weights: Weights) -> None:
-        """Bring every replica up with ``weights``. Raises ``EngineError`` where one does not come."""
+    async def start(self, weights: Weights, replicas: Sequence[Replica]) -> None:
+        """Bring some of the replicas up with ``weights``. Raises ``EngineError`` where one does not come."""
         self._weights = weights
-        self._tasks = [asyncio.create_task(self._look_after(replica)) for replica in self.replicas]
-        while not all(replica.is_up for replica in self.replicas):
-            for replica in self.replicas:
+        self._tasks += [asyncio.create_task(self._look_after(replica)) for replica in replicas]
+        while not all(replica.is_up for replica in replicas):
+            for replica in replicas:
                 if replica.gone:
                     raise EngineError(f"{replica.name} does not start: {replica.fault}")
             await self._changed.wait()
@@ -121,11 +128,23 @@ class Pool:
             raise Away(f"it sampled from other weights ({', '.join(sorted(made.versions))})")
         return made
 
-    async def load(self, weights: Weights) -> None:
-        """Give every replica ``weights``; what is down gets them when it is back. Waits until one has them."""
+    async def hold(self) -> None:
+        """Bring nobody the weights that are about to be old, and wait for who is being brought them."""
+        await self._loads.close()
+
+    async def release(self) -> None:
+        """End ``hold``."""
+        await self._loads.open()
+
+    async def load(self, weights: Weights, replicas: Sequence[Replica]) -> None:
+        """Give ``replicas`` that are up the ``weights``, which other ranks give to the rest; ends ``hold``.
+
+        What is down gets them when it is back. Waits until a replica is up.
+        """
         self._weights = weights
         self._homes.clear()
-        await asyncio.gather(*(self._reload(replica) for replica in self.up))
+        await self.release()
+        await asyncio.gather(*(self._reload(replica) for replica in replicas if replica.is_up))
         await self.some_up()
 
     @property
@@ -155,16 +174,28 @@ class Pool:
 
     async def _reload(self, replica: Replica) -> None:
         life = replica.life
+        assert self._weights is not None
         try:
-            await self._load(replica)
+            await self._load(replica, self._weights)
         except Away as exc:
             self.blame(replica, life, str(exc))
 
-    async def _load(self, replica: Replica) -> Weights:
-        assert self._weights is not None
-        weights = self._weights
-        await replica.reach().load(weights.path, weights.version, self._load_s)
-        return weights
+    async def _load(self, replica: Replica, weights: Weights) -> None:
+        await replica.reach().load(weights.path, weights.version, self._load_s, f"{_bringing(weights)}{self._name}")
+
+    async def _bring_weights(self, replica: Replica) -> Weights:
+        """The weights that it has now. Raises ``Away`` while another rank brings them."""
+        async with self._loads:
+            assert self._weights is not None
+            weights = self._weights
+            found = await replica.reach().version()
+            if found.startswith(_bringing(weights)) and not found.endswith(self._name):
+                replica.brought_since = replica.brought_since or time.monotonic()
+                if time.monotonic() - replica.brought_since < self._load_s:
+                    raise Away("another rank brings it the weights")
+            if found != weights.version:
+                await self._load(replica, weights)
+            return weights
 
     async def _pick(self, session: str) -> Replica:
         """The replica for a request."""
@@ -227,6 +258,7 @@ class Pool:
                 if replica.life:
                     _LOG.warning("%s is back after %.0f s", replica.name, time.monotonic() - began)
                 replica.life, replica.is_up, replica.fault = replica.life + 1, True, ""
+                replica.brought_since = None
                 replica.faulty.clear()
                 self._announce()
                 return
@@ -237,7 +269,7 @@ class Pool:
         await replica.reach().alive()
         weights = None
         while weights is not self._weights:  # others may have come meanwhile
-            weights = await self._load(replica)
+            weights = await self._bring_weights(replica)
             await self._check(replica)
 
     async def _restart(self, replica: Replica, process: ServerProcess) -> None:
@@ -256,6 +288,11 @@ class Pool:
                         await asyncio.sleep(_FIRST_PAUSE_S)
         except TimeoutError:
             raise Away(f"it did not start within {self._load_s:g} s: {process.last_words()}") from None
+
+
+def _bringing(weights: Weights) -> str:
+    """How the label of a replica begins while somebody, whose name follows, gives it the weights."""
+    return f"{weights.version}, brought by "
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -52,22 +52,36 @@ class TokenClient:
         answer = await self._ask("GET", "/v1/models", None, _PROBE_S)
         return int(answer["data"][0]["max_model_len"])
 
+    async def version(self) -> str:
+        """The label of its weights: what ``load`` gave it last, or what it was started with."""
+        return str((await self._ask("GET", "/weight_info", None, _PROBE_S))["weight_version"])
+
     async def sample(self, request: GenerationRequest, timeout_s: float) -> Sampled:
         """One continuation; cancelling aborts it in the server."""
         question = {"token_ids": list(request.token_ids), "sampling_params": sampling_args(request)}
         return _sampled(await self._ask("POST", "/inference/v1/generate", question, timeout_s), request)
 
-    async def load(self, path: Path, version: str, timeout_s: float) -> None:
-        """Make the server's weights those in the folder ``path``, and forget what it cached under others."""
+    async def load(self, path: Path, version: str, timeout_s: float, meanwhile: str = "changing") -> None:
+        """Make the server's weights those in the folder ``path``, and forget what it cached under others.
+
+        Until all of that is done their label is ``meanwhile``, so that nobody takes what is sampled for either's.
+        """
+        await self.name(meanwhile, timeout_s)
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
         await self._ask("POST", "/collective_rpc", reload, timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 # What is still at work, if only on requests that were just aborted, holds the cache.
                 while not (await self._ask("POST", "/reset_prefix_cache", None, timeout_s))["success"]:
+                    if await self.version() == version:
+                        return  # another rank brought the same weights, emptied the cache, and samples already
                     await asyncio.sleep(_RESET_PAUSE_S)
         except TimeoutError:
             raise Away(f"its prefix cache could not be emptied for {timeout_s:g} s") from None
+        await self.name(version, timeout_s)
+
+    async def name(self, version: str, timeout_s: float) -> None:
+        """Change the label of its weights, and nothing else."""
         await self._ask("POST", "/update_weight_version", {"new_version": version}, timeout_s)
 
     async def _ask(self, method: str, path: str, question: Any, timeout_s: float) -> Any:

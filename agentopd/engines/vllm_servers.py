@@ -2,6 +2,9 @@
 
 Weights reach them through a folder that they can read. What they sample is checked like every engine's, by a canary
 after every sync; ``pool`` looks after servers that die, hang, or come back with other weights.
+
+Servers that run elsewhere are shared by the ranks of a launched job: the first rank writes the weights once, gives them
+to every server and asks the canary, and all ranks sample. Ranks meet between turns only, on the thread of their caller.
 """
 
 from __future__ import annotations
@@ -9,12 +12,16 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from agentopd.config.engines import ServersConfig, VLLMConfig
 from agentopd.contracts import Generation, GenerationRequest
@@ -28,7 +35,10 @@ from agentopd.engines.token_client import Sampled, TokenClient
 from agentopd.engines.vllm_process import environment, flags, require_vllm, sampler_args
 from agentopd.engines.weight_sync import Checkpoint
 from agentopd.errors import ConfigError, EngineError, boundary
+from agentopd.learner import runtime
+from agentopd.weights import full_weights
 
+T = TypeVar("T")
 _MODULE = "vllm.entrypoints.openai.api_server"
 _KEPT = 2
 """Folders of weights: the newest, and the one that a server may still be reading."""
@@ -37,8 +47,10 @@ _KEPT = 2
 class VLLMServersEngine:
     """Samples from copies of ``model`` in several servers, which ``sync_weights`` brings up to date.
 
-    Each rank of a launched job has servers of its own. Raises ``ConfigError`` where there is none for this rank, or
-    vLLM is needed and not installed, and ``EngineError`` for what fails later. ``module`` is run to start a server.
+    In a launched job every rank has those of its own that it starts, and shares those of ``servers.urls``: every rank
+    must then make one, and call ``sync_weights``. Raises ``ConfigError`` where vLLM is needed and not installed, or the
+    config does not fit the job, and ``EngineError`` for what fails later, on every rank alike. ``module`` is run to
+    start a server.
     """
 
     lockstep = False
@@ -51,18 +63,16 @@ class VLLMServersEngine:
         self._vocab_size: int = model.config.vocab_size
         self._model = model
         self._vllm, self._servers = vllm, servers
-        self._label = uuid.uuid4().hex[:8]
+        self._label, self._writes = uuid.uuid4().hex[:8], 0
         self._canary = Canary(model, self.max_context, vllm.canary_bound)
-        self._checkpoints: list[Checkpoint] = []
+        self._checkpoints: deque[Checkpoint] = deque()
         self._turns = Gate()
+        self._shared = self._is_shared()
         with ExitStack() as started, boundary(EngineError, "starting vLLM's servers"):
-            self._folder = self._make_folder(started)
-            self._loop = BackgroundLoop("vllm-servers")
-            started.callback(self._loop.close)
-            self._pool = Pool(self._replicas(module), servers, vllm.timeout_s, self._check_again)
-            started.callback(lambda: self._wait(self._pool.close()))
-            self._wait(self._pool.start(self._write()))
-            self._wait(self._agree_on_context())
+            self._together(lambda: self._prepare(started, module))
+            weights = self._write()
+            self._together(lambda: self._wait(self._pool.start(weights, self._mine)))
+            self._together(lambda: self._wait(self._join(weights)))
             self._check()
             self._started = started.pop_all()
 
@@ -81,15 +91,17 @@ class VLLMServersEngine:
         return nullcontext()
 
     def sync_weights(self, version: int) -> dict[str, float]:
-        """Give every server the learner's weights, and ask the canary on each.
+        """Give every server the learner's weights, and ask the canary on each. Every rank must call it.
 
-        Turns under way end first, and others wait. Returns ``sync/canary``, the largest of the servers' mean
-        differences in nats, and ``sync/replicas``, how many have the weights. Raises ``EngineError`` above its bound.
+        Turns under way end first, on all ranks, and others wait. Returns ``sync/canary``, the largest of the servers'
+        mean differences in nats, and ``sync/replicas``, how many this rank can ask. Raises ``EngineError`` above its
+        bound, and for what failed on another rank.
         """
         with boundary(EngineError, f"bringing vLLM's servers to weight version {version}"), self._between_turns():
             self.weight_version = version
             self._canary.forget()
-            self._wait(self._pool.load(self._write()))
+            weights = self._write()
+            self._together(lambda: self._wait(self._pool.load(weights, self._mine)))
             return self._check()
 
     def sleep(self) -> None:
@@ -108,8 +120,60 @@ class VLLMServersEngine:
         """The servers."""
         return list(self._pool.replicas)
 
+    def _prepare(self, started: ExitStack, module: str) -> None:
+        """What needs no other rank: a folder, a loop, and a pool whose servers are not asked yet."""
+        self._folder = self._make_folder(started)
+        self._loop = BackgroundLoop("vllm-servers")
+        started.callback(self._loop.close)
+        here, elsewhere = self._replicas(module)
+        self._mine = [*here, *elsewhere] if self._is_first else here
+        """Those to which this rank brings the weights of a sync, and that it asks the canary of."""
+        self._pool = Pool([*here, *elsewhere], self._servers, self._vllm.timeout_s, self._check_again)
+        started.callback(lambda: self._wait(self._pool.close()))
+
+    def _is_shared(self) -> bool:
+        """Whether there are other ranks that sample from the same servers."""
+        if not self._servers.urls or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return False
+        runtime.start()
+        machines = set(runtime.gather_objects(socket.gethostname()))
+        if self._servers.folder is None and len(machines) > 1:
+            raise ConfigError(
+                f"the ranks run on {len(machines)} machines and share rollout.servers.urls: "
+                "give rollout.servers.folder, a folder that the servers and the ranks see under the same path"
+            )
+        return True
+
+    @property
+    def _first(self) -> int:
+        """The rank that writes the weights of this one's servers."""
+        return 0 if self._shared else runtime.rank()
+
+    @property
+    def _is_first(self) -> bool:
+        return runtime.rank() == self._first
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """Do this rank's part and wait for the others'; what each returned, in rank order.
+
+        What fails on one rank fails on all, so that none waits for one that is gone.
+        """
+        made: T | None = None
+        fault: Exception | None = None
+        try:
+            made = work()
+        except Exception as exc:
+            fault = exc
+        said = runtime.gather_objects((made, fault and f"{type(fault).__name__}: {fault}"))
+        if fault is not None:
+            raise fault
+        for rank, (_, why) in enumerate(said):
+            if why is not None:
+                raise EngineError(f"rank {rank} failed: {why}")
+        return [part for part, _ in said]
+
     def _make_folder(self, started: ExitStack) -> Path:
-        parent = self._servers.folder
+        parent = self._servers.folder if self._is_first else None
         if parent is not None:
             Path(parent).mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="agentopd-servers-", dir=parent))
@@ -117,18 +181,21 @@ class VLLMServersEngine:
         started.callback(shutil.rmtree, folder, ignore_errors=True)
         return folder
 
-    def _replicas(self, module: str) -> list[Replica]:
+    def _replicas(self, module: str) -> tuple[list[Replica], list[Replica]]:
+        """Servers that this rank starts, and those that run elsewhere."""
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        urls = self._servers.urls[rank::ranks]
+        count, gpus, urls = self._servers.started, len(self._servers.gpus), self._servers.urls
+        if gpus and gpus < count * ranks:
+            raise ConfigError(f"rollout.servers.gpus names {gpus}, and {count * ranks} are needed")
+        # A rank's first episodes go to the servers it names first: each rank begins elsewhere.
+        urls = urls[(skipped := rank * len(urls) // ranks) :] + urls[:skipped]
         addresses = [Address.parse(url, "rollout.servers.urls") for url in urls]
         elsewhere = [Replica(f"server {address}", TokenClient(address)) for address in addresses]
         here = [
-            Replica(f"server {number}", None, self._process(module, number, rank * self._servers.started + number))
-            for number in range(self._servers.started)
+            Replica(f"server {number}", None, self._process(module, number, rank * count + number))
+            for number in range(count)
         ]
-        if not (elsewhere or here):
-            raise ConfigError(f"rank {rank} has no server: give at least {ranks} rollout.servers.urls, or replicas")
-        return [*here, *elsewhere]
+        return here, elsewhere
 
     def _process(self, module: str, number: int, place: int) -> ServerProcess:
         variables = environment(self._vllm.timeout_s) | {
@@ -137,8 +204,6 @@ class VLLMServersEngine:
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }
         if self._servers.gpus:
-            if place >= len(self._servers.gpus):
-                raise ConfigError(f"rollout.servers.gpus names {len(self._servers.gpus)}, and {place + 1} are needed")
             variables["CUDA_VISIBLE_DEVICES"] = str(self._servers.gpus[place])
         args = {
             **sampler_args(self._vllm, self._model.dtype, self.max_context),
@@ -150,24 +215,44 @@ class VLLMServersEngine:
         return ServerProcess(module, flags(args), variables, self._folder / f"server-{number}.log")
 
     def _write(self) -> Weights:
+        """The current weights on disk, as this rank or the first one wrote them."""
+        weights = self._together(self._written)[self._first]
+        assert weights is not None
+        return weights
+
+    @torch.no_grad()
+    def _written(self) -> Weights | None:
         """Leave the current weights in a folder of their own: a server may still be reading the ones before."""
-        label = f"{self._label}:{self.weight_version}"
-        path = self._folder / f"weights-{self.weight_version:06d}-{len(self._checkpoints)}"
+        if not self._is_first:
+            for _ in full_weights(self._model):
+                pass  # under ZeRO-3 the first rank needs this one's part of each
+            return None
+        self._writes += 1
+        path = self._folder / f"weights-{self.weight_version:06d}-{self._writes}"
         self._checkpoints.append(Checkpoint(self._model, path))
         for file in path.iterdir():
             file.chmod(0o644)  # servers may run as another user
-        for old in self._checkpoints[:-_KEPT]:
-            old.remove()
-        return Weights(path, label)
+        while len(self._checkpoints) > _KEPT:
+            self._checkpoints.popleft().remove()
+        # The version alone would not do: after a roll-back it has other weights.
+        return Weights(path, f"{self._label}:{self.weight_version}/{self._writes}")
 
     @contextmanager
     def _between_turns(self) -> Iterator[None]:
-        # A turn that meets a fault is asked again, after an outage at the worst.
-        self._loop.wait(self._turns.close(), self._patience)
         try:
+            # A turn that meets a fault is asked again, after an outage at the worst.
+            self._together(lambda: self._wait(self._ended_turns()))
             yield
         finally:
-            self._loop.wait(self._turns.open(), self._vllm.timeout_s)
+            self._loop.wait(self._next_turns(), self._vllm.timeout_s)
+
+    async def _ended_turns(self) -> None:
+        await self._turns.close()
+        await self._pool.hold()
+
+    async def _next_turns(self) -> None:
+        await self._pool.release()
+        await self._turns.open()
 
     @property
     def _patience(self) -> float:
@@ -176,7 +261,9 @@ class VLLMServersEngine:
     def _wait(self, work: Any) -> Any:
         return self._loop.wait(work, self._patience)
 
-    async def _agree_on_context(self) -> None:
+    async def _join(self, weights: Weights) -> None:
+        """Take up servers to which another rank has given the weights, and find the context that all of them hold."""
+        await self._pool.start(weights, [replica for replica in self._pool.replicas if replica not in self._mine])
         for replica in self._pool.replicas:
             most = await replica.reach().max_context()
             if most < self.max_context and self._vllm.max_context is not None:
@@ -186,23 +273,37 @@ class VLLMServersEngine:
             self.max_context = min(self.max_context, most)
 
     def _check(self) -> dict[str, float]:
-        """Ask the canary on every server that is up; where none lives to answer, on who comes back.
+        """Ask the canary on every server that is up, shared ones for all ranks; where none lives, on who comes back.
 
-        One forward pass, so that under ZeRO-3 the ranks stay together; who came up meanwhile is held to its result.
+        One forward pass on every rank, so that under ZeRO-3 they stay together; who came up meanwhile is held to its
+        result.
         """
-        lives, sampled = self._wait(self._sampled_for_canary())
-        gap = self._canary.check_several(sampled)
-        self._wait(self._hold_newcomers(lives))
+        answers = self._together(lambda: self._wait(self._sampled_for_canary()))
+        lives, mine = answers[runtime.rank()]
+        sampled = mine if self._is_first else [*answers[self._first][1], *mine]
+
+        def checked() -> float:
+            gap = self._canary.check_several(sampled)
+            self._wait(self._hold_newcomers(lives))
+            return gap
+
+        gap = max(self._together(checked))
         return {"sync/canary": gap, "sync/replicas": float(len(self._pool.up))}
 
     async def _sampled_for_canary(self) -> tuple[dict[str, int], list[list[Generation]]]:
-        """The life in which each was asked, and what it sampled; who fails leaves the pool until it is back."""
+        """The life in which each was asked, and what it sampled; who fails leaves the pool until it is back.
+
+        Servers that another rank asks count as asked.
+        """
         sampled: list[list[Generation]] = []
         while not sampled:
             replicas = await self._pool.some_up()
             lives = {replica.name: replica.life for replica in replicas}
-            answers = await asyncio.gather(*map(self._canary_on, replicas), return_exceptions=True)
-            for replica, answer in zip(replicas, answers, strict=True):
+            asked = [replica for replica in replicas if replica in self._mine]
+            if not asked:
+                break
+            answers = await asyncio.gather(*map(self._canary_on, asked), return_exceptions=True)
+            for replica, answer in zip(asked, answers, strict=True):
                 if isinstance(answer, Away):
                     self._pool.blame(replica, lives[replica.name], str(answer))
                 elif isinstance(answer, BaseException):

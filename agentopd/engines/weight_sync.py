@@ -47,13 +47,14 @@ class Checkpoint:
     def __init__(self, model: Any, path: Path | None = None) -> None:
         self._model = model
         self.path = path or Path(tempfile.mkdtemp(prefix="agentopd-weights-"))
-        self.path.mkdir(exist_ok=True)
         self.write()
 
     @torch.no_grad()
     def write(self) -> None:
         """Bring the files up to date. Under ZeRO-3 every rank must call it."""
-        weights = dict(full_weights(self._model))
+        # First of all, so that no fault of a disk keeps the other ranks waiting, and on no GPU, which need not hold it.
+        weights = {name: weight.cpu() for name, weight in full_weights(self._model)}
+        self.path.mkdir(exist_ok=True)
         if self._model.config.tie_word_embeddings:
             head = self._model.get_output_embeddings().weight
             shared = next(name for name, weight in self._model.named_parameters() if weight is head)

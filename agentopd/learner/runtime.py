@@ -28,6 +28,8 @@ def start() -> Any:
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            if on_gpu:  # what the ranks tell one another goes over the current GPU
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group(backend)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")

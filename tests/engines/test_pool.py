@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from agentopd.config.engines import ServersConfig, VLLMConfig
 from agentopd.contracts import GenerationRequest, SamplingParams
 from agentopd.engines import VLLMServersEngine
-from agentopd.engines.http import Address, ask_json
+from agentopd.engines.http import Address, Away, ask_json
 from agentopd.engines.pool import Pool, Replica, Weights
 from agentopd.engines.server_process import ServerProcess
 from agentopd.engines.token_client import TokenClient
@@ -84,7 +85,7 @@ def play(place: Place, replicas: list[Replica], scenario: Scenario, check: Any =
     async def run() -> Any:
         pool = Pool(replicas, ServersConfig(**{"turn_timeout_s": 60.0, "outage_s": 60.0, **keys}), 60.0, check)
         try:
-            await pool.start(place.weights("old"))
+            await pool.start(place.weights("old"), replicas)
             return await scenario(pool)
         finally:
             await pool.close()
@@ -96,7 +97,7 @@ def test_every_server_answers_and_all_get_new_weights(place):
     async def scenario(pool: Pool) -> None:
         asked = [request(SLOW, seed=i) for i in range(6)]
         before = await asyncio.gather(*map(pool.sample, asked))
-        await pool.load(place.weights("new"))
+        await pool.load(place.weights("new"), pool.replicas)
         after = await asyncio.gather(*map(pool.sample, asked))
         assert [x.token_ids for x in before] == [expected("old", SLOW, seed=i) for i in range(6)]
         assert [x.token_ids for x in after] == [expected("new", SLOW, seed=i) for i in range(6)]
@@ -130,7 +131,7 @@ def test_a_killed_server_comes_back_with_the_current_weights_and_nothing_is_lost
         checked.append(replica.name)
 
     async def scenario(pool: Pool) -> None:
-        await pool.load(place.weights("new"))
+        await pool.load(place.weights("new"), pool.replicas)
         turns = [asyncio.create_task(pool.sample(request(SLOW, seed=i))) for i in range(6)]
         await asyncio.sleep(0.2)
         victim = pool.replicas[0]
@@ -242,6 +243,52 @@ def test_weights_that_somebody_else_loaded_are_noticed_and_replaced(place):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("it_does", [True, False])
+def test_a_server_whose_weights_another_rank_brings_is_waited_for_a_while(place, it_does):
+    """Unless that rank does not: its name on the server may be all that is left of it."""
+    _, replica = elsewhere(place, place.weights("whatever"))
+
+    async def run() -> Any:
+        weights, client = place.weights("old"), replica.reach()
+        while True:
+            with suppress(Away):
+                await client.alive()
+                break
+        await client.name(f"{weights.version}, brought by another", 5)
+        pool = Pool([replica], ServersConfig(outage_s=60), 60 if it_does else 1, unchecked)
+        starting = asyncio.create_task(pool.start(weights, [replica]))
+        while it_does and replica.fault != "another rank brings it the weights":
+            await asyncio.sleep(0.01)
+        if it_does:
+            await client.load(weights.path, weights.version, 5)
+        await starting
+        assert (await pool.sample(request(5))).token_ids == expected("old", 5)
+        await pool.close()
+        return await ask_json(client.address, "GET", "/state", None, 5)
+
+    assert asyncio.run(run())["loads"] == 1
+
+
+@pytest.mark.slow
+def test_nobody_brings_a_server_the_weights_that_a_sync_replaces(place):
+    """Else they could arrive after the new ones, which another rank has brought."""
+    _, replica = elsewhere(place, place.weights("whatever"))
+
+    async def scenario(pool: Pool) -> Any:
+        theirs, client = place.weights("theirs"), replica.reach()
+        await pool.hold()
+        await client.load(theirs.path, theirs.version, 5)
+        pool.blame(replica, replica.life, "it has other weights")
+        await asyncio.sleep(0.5)
+        assert not replica.is_up
+        await pool.load(place.weights("new"), [])
+        assert (await pool.sample(request(5))).token_ids == expected("new", 5)
+        return await ask_json(client.address, "GET", "/state", None, 5)
+
+    assert play(place, [replica], scenario)["loads"] == 3
+
+
+@pytest.mark.slow
 def test_a_server_elsewhere_that_is_away_is_waited_for(place, caplog):
     process, replica = elsewhere(place, place.weights("whatever"))
     assert replica.client is not None
@@ -298,10 +345,10 @@ def test_servers_that_all_die_between_weights_and_canary_are_waited_for(monkeypa
     made = VLLMServersEngine(load_model("micro/student", "float32"), vllm, ServersConfig(replicas=2), MODULE)
     load, loads = Pool.load, 0
 
-    async def load_and_die(pool: Pool, weights: Weights) -> None:
+    async def load_and_die(pool: Pool, weights: Weights, replicas: list[Replica]) -> None:
         nonlocal loads
         loads += 1
-        await load(pool, weights)
+        await load(pool, weights, replicas)
         for replica in pool.replicas:
             os.kill(replica.process.pid, signal.SIGKILL)
 

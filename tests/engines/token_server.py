@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 SLOW, DEADLY, HANGING = 1, 2, 3
-STATE = {"weights": "", "version": "default", "aborted": 0, "asked": 0}
+STATE = {"weights": "", "version": "default", "aborted": 0, "asked": 0, "loads": 0}
 
 
 def sampled(weights: str, token_ids: list[int], seed: int, count: int) -> list[int]:
@@ -29,12 +29,15 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        answers = {"/health": None, "/v1/models": {"data": [{"max_model_len": 512}]}, "/state": STATE}
+        version = {"weight_version": STATE["version"]}
+        models = {"data": [{"max_model_len": 512}]}
+        answers = {"/health": None, "/v1/models": models, "/weight_info": version, "/state": STATE}
         self.reply(*((200, answers[self.path]) if self.path in answers else (404, None)))
 
     def do_POST(self) -> None:
         question = json.loads(self.rfile.read(int(self.headers["content-length"])) or b"{}")
         if self.path == "/collective_rpc":
+            STATE["loads"] += 1
             STATE["weights"] = read(Path(question["kwargs"]["weights_path"]))
             self.reply(200, {"results": [None]})
         elif self.path == "/reset_prefix_cache":
