@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -65,7 +66,7 @@ class Teachers:
     """Skill to reference policy; empty where no block reads one."""
     references: dict[str, Teacher] = field(default_factory=dict)
     start: Teacher | None = None
-    """The frozen starting student, where evaluations measure the KL to it."""
+    """The frozen starting student, where evaluations measure the KL to it; the first rank alone scores by it."""
     texts: dict[str, ChatEndpoint] = field(default_factory=dict)
     """Teachers that answer in text only."""
     judge: RubricJudge | None = None
@@ -123,7 +124,7 @@ def build_teachers(
         teachers.judge = RubricJudge(ChatEndpoint(config.judge, root / "judge"), config.judge)
     if any(blocks.needs_reference for blocks in stages):
         faculty.add_references(teachers)
-    if config.eval.measures_kl:
+    if config.eval.measures_kl and os.environ.get("RANK", "0") == "0":  # the ranks have not met yet
         teachers.start = LocalTeacher(RETENTION_TEACHER, faculty.start())
     return teachers
 

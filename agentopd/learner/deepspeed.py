@@ -195,7 +195,7 @@ class DeepSpeedLearner:
         """Write the student as a Hugging Face directory (safetensors), in its dtype, adapters folded in."""
         is_main, kept = runtime.rank() == 0, self.module.state_dict()
         weights = {name: kept[name] for name, _ in self.module.named_buffers() if name in kept}
-        weights |= {name: weight for name, weight in full_weights(self.module) if is_main}
+        weights |= {name: weight.cpu() for name, weight in full_weights(self.module) if is_main}
         if is_main:
             with redirect_stderr(io.StringIO()):  # a progress bar per shard
                 self.module.save_pretrained(str(directory), state_dict=weights)

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from agentopd.build import Judge, build_policy, build_sandbox, load_skills
 from agentopd.commands import _train
 from agentopd.config import load_run_config
 from agentopd.console import make_console
 from agentopd.contracts import Generation
 from agentopd.env_commands import What, envs_validate
 from agentopd.errors import UserError
+from agentopd.evaluation.metrics import EvalResult
 from agentopd.runs import Run
+from agentopd.teaching import build_teachers
 from agentopd.tracking import RunDirectory, read_jsonl
 from agentopd.train import train
 
@@ -214,3 +217,15 @@ def test_two_ranks_train_with_zero_2(quickstart, small):
     path = Path(small()[-1].removeprefix("run_dir="))
     rows = metrics(path)
     assert len(rows) == 2 and rows[0]["rollout/episodes"] == 12
+    final = EvalResult.model_validate_json((path / "eval/final.json").read_text())
+    assert all(score.start_kl is not None for score in final.tasks.values())
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_first_rank_keeps_the_start_that_evaluations_measure_from(monkeypatch, quickstart, small, rank):
+    monkeypatch.setenv("RANK", rank)
+    config = load_run_config(quickstart, small())
+    skills = load_skills(config.suite)
+    policy = build_policy(config.model.student, "float32", config.rollout)
+    teachers = build_teachers(config, policy, skills, Judge(skills.values(), build_sandbox(config.sandbox)), Path())
+    assert (teachers.start is not None) == (rank == "0")
