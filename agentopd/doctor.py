@@ -38,7 +38,7 @@ from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
 from agentopd.rendering.pieces import token_bytes
 from agentopd.teachers.chat import ChatEndpoint, Question, any_text
-from agentopd.teachers.served import ServedTeacher
+from agentopd.teachers.served import Needs, ServedTeacher
 from agentopd.trackers import require_trackers
 from agentopd.tracking import RunDirectory
 from agentopd.types import Episode, StopReason, ToolCall, Turn
@@ -119,7 +119,7 @@ def served_teachers(config: RunConfig) -> Iterable[Diagnosis]:
     for name, chosen in config.teachers.items():
         if isinstance(chosen, ServedTeacherConfig):
             patient = chosen.model_copy(update={"outage_s": _PATIENCE_S})
-            teacher = ServedTeacher(name, patient, vocabulary_hash(tokenizer))
+            teacher = ServedTeacher(name, patient, Needs(vocabulary_hash(tokenizer), len(tokenizer)))
             spread = asyncio.run(self_disagreement(teacher, len(tokenizer)))
             told = f"{name!r} scores one sequence {_COPIES} times at once within {spread:.2g} nat"
             level: Level = "ok" if spread <= _SPREAD else "fail"

@@ -22,7 +22,7 @@ def serve_teacher(
     tokenizer = load_tokenizer(model)
     teacher: Teacher
     if kind == "vllm":
-        teacher = VLLMTeacher(model, model, dtype, top_k)
+        teacher = VLLMTeacher(model, model, dtype, len(tokenizer), top_k)
     else:
         teacher = LocalTeacher(model, load_model(model, dtype), vocab_size=len(tokenizer))
     try:

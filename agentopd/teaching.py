@@ -35,7 +35,7 @@ from agentopd.rollout.cache import RolloutCache
 from agentopd.teachers.chat import ChatEndpoint
 from agentopd.teachers.local import LocalTeacher, with_outputs_swapped
 from agentopd.teachers.rubric import RubricJudge
-from agentopd.teachers.served import ServedTeacher
+from agentopd.teachers.served import Needs, ServedTeacher
 from agentopd.teachers.stored import StoredTeacher, StoreHeader
 from agentopd.teachers.views import CrossTokenizerView, Misreading, Opening, PrivilegedView, View
 from agentopd.types import Task, ToolSchema
@@ -208,8 +208,8 @@ class _Faculty:
             teachers.texts[key] = ChatEndpoint(chosen, self.root / "answers")
             return
         if isinstance(chosen, ServedTeacherConfig):
-            vocabulary = vocabulary_hash(self.policy.tokenizer)
-            teachers.by_key[key] = self._served[key] = ServedTeacher(key, chosen, vocabulary)
+            needs = Needs(vocabulary_hash(self.policy.tokenizer), len(self.policy.tokenizer))
+            teachers.by_key[key] = self._served[key] = ServedTeacher(key, chosen, needs)
             return
         model, tokenizer = load_model(chosen.model, chosen.dtype), load_tokenizer(chosen.model)
         scorer = self._with_its_end_of_turn(key, model, chosen)

@@ -12,13 +12,17 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import numpy as np
 
 from agentopd.config.teachers import ServedTeacherConfig
 from agentopd.contracts import Evidence, FloatArray, IntArray
 from agentopd.engines.http import Address, Away, Refused, ask
 from agentopd.errors import ConfigError, TeacherError
 from agentopd.teachers import wire
+from agentopd.teachers.padding import within
 from agentopd.types import Episode
 
 T = TypeVar("T")
@@ -28,21 +32,32 @@ _SAY_AFTER_S = 1.0
 """An outage that is over sooner is not worth a line."""
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a run reads of a served teacher."""
+
+    vocabulary: str
+    """Hash of the student's."""
+    vocab_size: int
+    """Ids of the student's tokenizer."""
+
+
 class ServedTeacher:
-    """``name`` is its key in ``[teachers]``, ``vocabulary`` the hash of the student's.
+    """``name`` is its key in ``[teachers]``. Ids beyond the student's never leave it: see ``within``.
 
     Raises ``ConfigError`` for a server that scores another tokenizer's ids, and ``TeacherError`` where there is none.
     """
 
-    def __init__(self, name: str, config: ServedTeacherConfig, vocabulary: str) -> None:
+    def __init__(self, name: str, config: ServedTeacherConfig, needs: Needs) -> None:
         self.name = name
+        self._vocab_size = needs.vocab_size
         self._config = config
         self._address = Address.parse(config.base_url, f"teachers.{name}.base_url")
         about = self._about()
         self.max_top_k: int | None = about["max_top_k"]
         self.model: str = about["model"]
         """Digest of its weights."""
-        if about["vocabulary"] != vocabulary:
+        if about["vocabulary"] != needs.vocabulary:
             raise ConfigError(
                 f"teacher {name!r} at {config.base_url} and the student disagree on token ids: serve a model with the "
                 "student's tokenizer"
@@ -68,7 +83,7 @@ class ServedTeacher:
             shown = 0 if found.topk_ids is None else found.topk_ids.shape[1]
             if len(found.teacher_logprobs) != episode.num_sampled or shown != (k if episode.num_sampled else shown):
                 raise ValueError(f"{len(found.teacher_logprobs)} tokens and K = {shown} for another question")
-            return found
+            return within(self._vocab_size, found, np.array(episode.token_ids)[np.flatnonzero(episode.loss_mask)])
 
         return await self._ask_all("/score", episodes, lambda chosen: {"top_k": top_k}, read)
 
@@ -84,9 +99,13 @@ class ServedTeacher:
                 raise ValueError(f"{len(logprobs)} rows for {episode.num_sampled} tokens")
             return logprobs
 
-        return await self._ask_all(
+        found = await self._ask_all(
             "/score_ids", episodes, lambda chosen: {"ids": [ids[i].tolist() for i in chosen]}, read
         )
+        return [
+            np.where(chosen < self._vocab_size, logprobs, -np.inf).astype(np.float32)
+            for chosen, logprobs in zip(ids, found, strict=True)
+        ]
 
     async def aclose(self) -> None:
         """Nothing to release: connections live as long as one question."""

@@ -17,6 +17,7 @@ from agentopd.contracts import Evidence
 from agentopd.engines.vllm_process import common_args, require_vllm, start
 from agentopd.errors import TeacherError, boundary
 from agentopd.models import resolve_model, settle_dtype
+from agentopd.teachers.padding import within
 from agentopd.types import Episode
 
 _START_S = 1800.0
@@ -25,30 +26,34 @@ _START_S = 1800.0
 class VLLMTeacher:
     """Scores episodes with ``model`` (a directory or hub id), at most ``max_top_k`` ids a token.
 
-    Rows that a checkpoint pads its vocabulary with take part in the softmax. Raises ``ConfigError`` where vLLM is not
-    installed.
+    ``vocab_size`` is the number of ids shared with the student. Rows that a checkpoint pads its vocabulary with take
+    part in the softmax, and are then left out as ``within`` does. Raises ``ConfigError`` where vLLM is not installed.
     """
 
-    def __init__(self, name: str, model: str, dtype: str, max_top_k: int = 64, kv_cache_gb: float = 1.0) -> None:
+    def __init__(
+        self, name: str, model: str, dtype: str, vocab_size: int, max_top_k: int = 64, kv_cache_gb: float = 1.0
+    ) -> None:
         require_vllm()
         self.name = name
-        self.max_top_k: int | None = max_top_k
-        self._bound = max_top_k
+        self._vocab_size = vocab_size
+        self._bound = min(max_top_k, vocab_size)
+        self.max_top_k: int | None = self._bound
         self._ids = count()
         args = {
             **common_args(kv_cache_gb, None),
             "model": resolve_model(model),
             "dtype": settle_dtype(dtype),
-            "max_logprobs": max_top_k,
+            "max_logprobs": self._bound,
         }
         with boundary(TeacherError, f"starting vLLM for teacher {name!r}"):
             self._llm = start(args, _START_S)
 
     async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
-        """Evidence of each episode, in order; ``top_k`` 0 leaves the top-K out.
+        """Evidence of each episode, in order; ``top_k`` is capped to the vocabulary, 0 leaves the top-K out.
 
         Raises ``TeacherError`` for a ``top_k`` above ``max_top_k``, and where vLLM fails.
         """
+        top_k = min(top_k, self._vocab_size)
         if top_k > self._bound:
             raise TeacherError(
                 f"teacher {self.name!r} gives at most {self._bound} ids a token, and {top_k} were asked for: "
@@ -83,7 +88,8 @@ class VLLMTeacher:
         )
         outputs = self._llm.llm.generate(TokensPrompt(prompt_token_ids=ids), params, f"score-{next(self._ids)}")
         (final,) = [output async for output in outputs]
-        return self._evidence(final.prompt_logprobs, positions_N, k)
+        found = self._evidence(final.prompt_logprobs, positions_N, k)
+        return within(self._vocab_size, found, np.array(ids)[positions_N])
 
     def _evidence(self, flat: Any, positions_N: Any, k: int) -> Evidence:
         # Each position holds the prompt's own token first, then its K most likely; the first position holds none.

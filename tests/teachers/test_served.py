@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentopd.config.teachers import ServedTeacherConfig
-from agentopd.contracts import CandidateTeacher, Evidence, Teacher
+from agentopd.contracts import CandidateTeacher, Evidence, FloatArray, IntArray, Teacher
 from agentopd.errors import ConfigError, TeacherError
 from agentopd.teachers import wire
 from agentopd.teachers.local import LocalTeacher
-from agentopd.teachers.served import ServedTeacher
+from agentopd.teachers.served import Needs, ServedTeacher
 from agentopd.teachers.server import Identity, TeacherServer
 from agentopd.types import Episode
 from tests.tiny import episode, qwen3
@@ -48,7 +48,7 @@ def serve() -> Iterator[Serve]:
 
 
 def client(server: TeacherServer, **keys: Any) -> ServedTeacher:
-    return ServedTeacher("far", ServedTeacherConfig(base_url=server.base_url, **keys), "ids")
+    return ServedTeacher("far", ServedTeacherConfig(base_url=server.base_url, **keys), Needs("ids", VOCAB))
 
 
 def score(teacher: Teacher, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
@@ -102,6 +102,38 @@ def test_a_teacher_that_cannot_score_candidates_says_so(serve):
         asyncio.run(far.score_ids([episode(0)], [np.zeros((7, 2), np.int64)]))
 
 
+class Padded:
+    """A teacher that says of every token, and of the ids that are given, that a row of its padding comes first."""
+
+    name, max_top_k = "padded", 3
+
+    async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
+        ids, logprobs = [VOCAB, 5, VOCAB - 1][:top_k], [-0.1, -3.0, -4.0][:top_k]
+        return [
+            Evidence("", np.full(n, -1.0, np.float32), np.tile(ids, (n, 1)), np.tile(np.float32(logprobs), (n, 1)))
+            for n in (e.num_sampled for e in episodes)
+        ]
+
+    async def score_ids(self, episodes: Sequence[Episode], ids: Sequence[IntArray]) -> list[FloatArray]:
+        return [np.full(chosen.shape, -1.0, np.float32) for chosen in ids]
+
+    async def aclose(self) -> None:
+        pass
+
+
+def test_ids_beyond_the_students_vocabulary_never_reach_the_objective(serve):
+    far = client(serve(Padded()))
+    odd = episode(0)
+    first = odd.turns[0].model_copy(update={"token_ids": (VOCAB, *odd.turns[0].token_ids[1:])})
+    odd = odd.model_copy(update={"turns": (first, *odd.turns[1:])})
+    (found,) = score(far, [odd], 3)
+    assert found.topk_ids.tolist() == [[0, 5, VOCAB - 1]] * 7
+    assert np.isneginf(found.topk_logprobs).tolist() == [[True, False, False]] * 7
+    assert np.isneginf(found.teacher_logprobs).tolist() == [True] + [False] * 6
+    (candidates,) = asyncio.run(far.score_ids([odd], [np.tile([5, VOCAB + 2], (7, 1))]))
+    assert np.isneginf(candidates).tolist() == [[False, True]] * 7
+
+
 def test_an_answer_of_another_length_is_a_fault(serve):
     with pytest.raises(TeacherError, match="8 tokens"):
         score(client(serve(SampledOnly(extra=1))), [episode(0)], 0)
@@ -149,9 +181,9 @@ def test_an_outage_without_end_is_a_fault(local, serve):
 def test_another_vocabulary_is_refused(local, serve):
     config = ServedTeacherConfig(base_url=serve(local).base_url)
     with pytest.raises(ConfigError, match="disagree on token ids"):
-        ServedTeacher("far", config, "other ids")
+        ServedTeacher("far", config, Needs("other ids", VOCAB))
     with pytest.raises(ConfigError, match="write http://HOST:PORT"):
-        ServedTeacher("far", ServedTeacherConfig(base_url="far:1"), "ids")
+        ServedTeacher("far", ServedTeacherConfig(base_url="far:1"), Needs("ids", VOCAB))
 
 
 @pytest.mark.parametrize("body", [b"<html>hello</html>", b"\xff", b"[1]", b'{"model": "weights"}'])
@@ -172,7 +204,7 @@ def test_what_is_no_teacher_is_told_by_its_address(body):
         address = f"http://127.0.0.1:{server.server_port}"
         try:
             with pytest.raises(ConfigError, match=f"teachers.far.base_url '{address}' .*`agentopd serve` prints"):
-                ServedTeacher("far", ServedTeacherConfig(base_url=address), "ids")
+                ServedTeacher("far", ServedTeacherConfig(base_url=address), Needs("ids", VOCAB))
         finally:
             server.shutdown()
             thread.join()

@@ -17,9 +17,11 @@ from agentopd.models import load_model, vocabulary_hash
 from agentopd.rollout import EpisodeSpec, run_episodes
 from agentopd.serving import serve_teacher
 from agentopd.teachers.local import LocalTeacher
-from agentopd.teachers.served import ServedTeacher
+from agentopd.teachers.served import Needs, ServedTeacher
+from agentopd.teachers.vllm import VLLMTeacher
 from agentopd_envs.micro import store
 from agentopd_envs.tool_use import ToolUseEnvironment
+from tests.tiny import episode
 
 pytestmark = [
     pytest.mark.vllm,
@@ -36,7 +38,8 @@ def test_a_vllm_teacher_behind_http_scores_as_a_local_one():
     local = LocalTeacher("near", load_model("micro/teacher", "float32"))
     server = serve_teacher("micro/teacher", "vllm", "float32", top_k=16, host="127.0.0.1", port=0)
     try:
-        far = ServedTeacher("far", ServedTeacherConfig(base_url=server.base_url), vocabulary_hash(student.tokenizer))
+        needs = Needs(vocabulary_hash(student.tokenizer), len(student.tokenizer))
+        far = ServedTeacher("far", ServedTeacherConfig(base_url=server.base_url), needs)
         assert isinstance(far, Teacher) and far.max_top_k == 16
         for top_k in (16, 0):
             near = asyncio.run(local.score(episodes, top_k))
@@ -50,3 +53,23 @@ def test_a_vllm_teacher_behind_http_scores_as_a_local_one():
             asyncio.run(far.score_ids(episodes[:1], [np.zeros((episodes[0].num_sampled, 2), np.int64)]))
     finally:
         server.close()
+
+
+def test_a_padded_vllm_teacher_gives_no_id_of_its_padding():
+    """The ids from the median of its own top-8 upwards are declared padding."""
+    whole = LocalTeacher("near", load_model("micro/teacher", "float32"))
+    episodes = [episode(seed) for seed in range(3)]
+    near = asyncio.run(whole.score(episodes, 8))
+    vocab_size = int(np.median(np.concatenate([found.topk_ids for found in near])))
+    teacher = VLLMTeacher("padded", "micro/teacher", "float32", vocab_size, max_top_k=8)
+    try:
+        found = asyncio.run(teacher.score(episodes, 8))
+    finally:
+        asyncio.run(teacher.aclose())
+    assert any(np.isneginf(item.topk_logprobs).any() for item in found)
+    for item, other, asked in zip(found, near, episodes, strict=True):
+        padding = np.isneginf(item.topk_logprobs)
+        assert (item.topk_ids < vocab_size).all() and not item.topk_ids[padding].any()
+        np.testing.assert_allclose(item.topk_logprobs[~padding], other.topk_logprobs[~padding], atol=1e-3)
+        sampled = np.array(asked.token_ids)[np.flatnonzero(asked.loss_mask)]
+        assert (np.isneginf(item.teacher_logprobs) == (sampled >= vocab_size)).all()
