@@ -260,14 +260,25 @@ def serve(
     model: str,
     kind: Annotated[str, typer.Option("--kind", help="hf, or vllm where it is installed.")] = "hf",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
-    top_k: Annotated[int, typer.Option("--top-k", help="Most ids per token that vLLM is asked for.")] = 64,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 8100,
+    top_k: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--top-k", help="vllm: most ids a token. Default: 64."),
+    ] = None,
+    max_context: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--max-context", help="vllm: tokens of an episode. Default: the most that the model takes."),
+    ] = None,
+    kv_cache_gb: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--kv-cache-gb", help="vllm: memory for keys and values. Default: 1."),
+    ] = None,
 ) -> None:
     """Serve a teacher to runs on other machines, for `kind = "served"`. Keep it on a private network."""
     from agentopd import commands
 
-    commands.serve(commands.ServeOptions(model, kind, dtype, top_k, host, port))
+    commands.serve(commands.ServeOptions(model, kind, dtype, host, port, top_k, max_context, kv_cache_gb))
 
 
 @sandbox_app.command("prune")

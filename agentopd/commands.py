@@ -32,9 +32,11 @@ class ServeOptions:
     model: str
     kind: str
     dtype: str
-    top_k: int
     host: str
     port: int
+    top_k: int | None = None
+    max_context: int | None = None
+    kv_cache_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,7 @@ def sandbox_prune() -> None:
 def serve(options: ServeOptions) -> None:
     """``agentopd serve``: until it is interrupted."""
     from agentopd.serving import serve_teacher
+    from agentopd.teachers.vllm import Limits
 
     kinds: dict[str, Literal["hf", "vllm"]] = {"hf": "hf", "vllm": "vllm"}
     for name, value, known in (
@@ -347,7 +350,15 @@ def serve(options: ServeOptions) -> None:
     ):
         if value not in known:
             raise UserError(f"--{name} {value!r}: choose one of {', '.join(known)}")
-    server = serve_teacher(options.model, kinds[options.kind], options.dtype, options.top_k, options.host, options.port)
+    asked = {"--top-k": options.top_k, "--max-context": options.max_context, "--kv-cache-gb": options.kv_cache_gb}
+    for flag, number in asked.items():
+        if number is not None and options.kind != "vllm":
+            raise UserError(f"{flag} {number:g} has no effect on --kind {options.kind}: drop it, or serve vllm")
+        if number is not None and number <= 0:
+            raise UserError(f"{flag} {number:g}: give more than 0")
+    limits = Limits(options.top_k or 64, options.max_context, options.kv_cache_gb or 1.0)
+    kind = kinds[options.kind]
+    server = serve_teacher(options.model, kind, options.dtype, options.host, options.port, limits)
     print(f"serving {options.model} at {server.base_url}", flush=True)
     try:
         server.wait()

@@ -9,20 +9,20 @@ from agentopd.errors import ConfigError
 from agentopd.models import load_model, load_tokenizer, model_hash, vocabulary_hash
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.server import Identity, TeacherServer
-from agentopd.teachers.vllm import VLLMTeacher
+from agentopd.teachers.vllm import Limits, VLLMTeacher
 
 
 def serve_teacher(
-    model: str, kind: Literal["hf", "vllm"], dtype: str, top_k: int, host: str, port: int
+    model: str, kind: Literal["hf", "vllm"], dtype: str, host: str, port: int, limits: Limits | None = None
 ) -> TeacherServer:
-    """Load ``model`` and serve it. ``top_k`` bounds what vLLM is asked for; ``hf`` has no bound.
+    """Load ``model`` and serve it. ``limits`` are vLLM's; ``hf`` has none.
 
     Raises ``ConfigError`` for a model that cannot be loaded or an address that cannot be had, and without vLLM.
     """
     tokenizer = load_tokenizer(model)
     teacher: Teacher
     if kind == "vllm":
-        teacher = VLLMTeacher(model, model, dtype, len(tokenizer), top_k)
+        teacher = VLLMTeacher(model, model, dtype, len(tokenizer), limits)
     else:
         teacher = LocalTeacher(model, load_model(model, dtype), vocab_size=len(tokenizer))
     try:

@@ -17,7 +17,14 @@ from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines.background import Gate
 from agentopd.engines.canary import Canary
 from agentopd.engines.requests import check_finite, check_fits, context_limit
-from agentopd.engines.vllm_process import require_vllm, sampler_args, sampling_args, start
+from agentopd.engines.vllm_process import (
+    KEYS,
+    blaming_the_cache,
+    require_vllm,
+    sampler_args,
+    sampling_args,
+    start,
+)
 from agentopd.engines.weight_sync import DiskSync, TransferSync, WeightSync
 from agentopd.errors import ConfigError, EngineError, boundary
 
@@ -49,7 +56,8 @@ class VLLMEngine:
             args["enable_sleep_mode"] = True
         with ExitStack() as started, boundary(EngineError, "starting vLLM"):
             started.callback(self._sync.close)
-            self._llm = start(args, config.timeout_s)
+            with blaming_the_cache(model.config, args, KEYS):
+                self._llm = start(args, config.timeout_s)
             started.callback(self._llm.close)
             self._check()
             self._started = started.pop_all()

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from agentopd.capacity import BF16, FP32, GIB, Shape
 from agentopd.config.engines import VLLMConfig
 from agentopd.contracts import GenerationRequest
 from agentopd.engines.background import BackgroundLoop
@@ -24,6 +25,8 @@ _LEARNERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """Variables of the learner's launcher, which vLLM would take for its own."""
 _GRACE_S = 5.0
 """The reader of vLLM's results has this long to end, before its process is ended all the same."""
+KEYS = ("rollout.vllm.max_context", "rollout.vllm.kv_cache_gb")
+"""What sets a student's context, and its cache of keys and values."""
 _CPU_BATCH = 4096
 """Tokens computed at once on a CPU."""
 _CPU_BLOCK = 32
@@ -80,6 +83,34 @@ def common_args(kv_cache_gb: float, enforce_eager: bool | None) -> dict[str, Any
         "distributed_executor_backend": "uni",
     }
     return args if on_gpu else args | {"block_size": _CPU_BLOCK}
+
+
+@contextmanager
+def blaming_the_cache(config: Any, args: dict[str, Any], keys: tuple[str, str]) -> Iterator[None]:
+    """Around a start of vLLM with ``args``: where its cache cannot hold one full request, a failure says so.
+
+    vLLM tells the reason to its log alone, so the size is worked out again from the model's ``config``. ``keys`` are
+    what sets the context and the cache. Raises ``ConfigError`` naming both; any other failure passes.
+    """
+    try:
+        yield
+    except Exception as exc:
+        tokens = args.get("max_model_len") or config.max_position_embeddings
+        given = args["kv_cache_memory_bytes"] / GIB
+        needed = tokens * _kv_bytes_per_token(config, args["dtype"]) / GIB
+        if needed <= given and "max_model_len" not in str(exc):
+            raise
+        raise ConfigError(
+            f"vLLM did not start ({exc}): one request of {tokens:,} tokens takes about {needed:.2g} GiB of keys and "
+            f"values, and {keys[1]} gives {given:.2g}: raise it, or lower {keys[0]}"
+        ) from exc
+
+
+def _kv_bytes_per_token(config: Any, dtype: str) -> int:
+    try:
+        return Shape.of(config).kv_bytes_per_token * (FP32 if dtype == "float32" else BF16) // BF16
+    except AttributeError:
+        return 0  # of a shape that is not known here: nothing is blamed
 
 
 def start(args: dict[str, Any], timeout_s: float) -> BlockingLLM:

@@ -32,7 +32,7 @@ from agentopd.engines.pool import Pool, Replica, Weights
 from agentopd.engines.requests import check_fits, context_limit
 from agentopd.engines.server_process import ServerProcess
 from agentopd.engines.token_client import Sampled, TokenClient
-from agentopd.engines.vllm_process import environment, flags, require_vllm, sampler_args
+from agentopd.engines.vllm_process import KEYS, blaming_the_cache, environment, flags, require_vllm, sampler_args
 from agentopd.engines.weight_sync import Checkpoint
 from agentopd.errors import ConfigError, EngineError, boundary
 from agentopd.learner import runtime
@@ -71,7 +71,9 @@ class VLLMServersEngine:
         with ExitStack() as started, boundary(EngineError, "starting vLLM's servers"):
             self._together(lambda: self._prepare(started, module))
             weights = self._write()
-            self._together(lambda: self._wait(self._pool.start(weights, self._mine)))
+            args = sampler_args(vllm, model.dtype, self.max_context)
+            with blaming_the_cache(model.config, args, KEYS) if servers.started else nullcontext():
+                self._together(lambda: self._wait(self._pool.start(weights, self._mine)))
             self._together(lambda: self._wait(self._join(weights)))
             self._check()
             self._started = started.pop_all()

@@ -8,44 +8,62 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 
 from agentopd.contracts import Evidence
-from agentopd.engines.vllm_process import common_args, require_vllm, start
+from agentopd.engines.vllm_process import blaming_the_cache, common_args, require_vllm, start
 from agentopd.errors import TeacherError, boundary
-from agentopd.models import resolve_model, settle_dtype
+from agentopd.models import load_shape, resolve_model, settle_dtype
 from agentopd.teachers.padding import within
 from agentopd.types import Episode
 
 _START_S = 1800.0
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What vLLM is started for."""
+
+    max_top_k: int = 64
+    """Most ids a token that it can be asked for."""
+    max_context: int | None = None
+    """Tokens of an episode, prompt included; None is the most that the model takes."""
+    kv_cache_gb: float = 1.0
+    """Memory for keys and values."""
+
+
 class VLLMTeacher:
-    """Scores episodes with ``model`` (a directory or hub id), at most ``max_top_k`` ids a token.
+    """Scores episodes with ``model`` (a directory or hub id), within ``limits``.
 
     ``vocab_size`` is the number of ids shared with the student. Rows that a checkpoint pads its vocabulary with take
-    part in the softmax, and are then left out as ``within`` does. Raises ``ConfigError`` where vLLM is not installed.
+    part in the softmax, and are then left out as ``within`` does. Raises ``ConfigError`` where vLLM is not installed,
+    and where its cache cannot hold an episode of the largest context.
     """
 
-    def __init__(
-        self, name: str, model: str, dtype: str, vocab_size: int, max_top_k: int = 64, kv_cache_gb: float = 1.0
-    ) -> None:
+    def __init__(self, name: str, model: str, dtype: str, vocab_size: int, limits: Limits | None = None) -> None:
+        limits = limits or Limits()
         require_vllm()
         self.name = name
         self._vocab_size = vocab_size
-        self._bound = min(max_top_k, vocab_size)
+        self._bound = min(limits.max_top_k, vocab_size)
         self.max_top_k: int | None = self._bound
         self._ids = count()
+        shape, context = load_shape(model), limits.max_context
+        if context is not None and context != shape.max_position_embeddings:
+            context += 1  # vLLM always samples a token, and wants room for it
         args = {
-            **common_args(kv_cache_gb, None),
+            **common_args(limits.kv_cache_gb, None),
             "model": resolve_model(model),
             "dtype": settle_dtype(dtype),
             "max_logprobs": self._bound,
+            "max_model_len": context,
         }
-        with boundary(TeacherError, f"starting vLLM for teacher {name!r}"):
+        blaming = blaming_the_cache(shape, args, ("--max-context", "--kv-cache-gb"))
+        with boundary(TeacherError, f"starting vLLM for teacher {name!r}"), blaming:
             self._llm = start(args, _START_S)
 
     async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:

@@ -1,9 +1,15 @@
-"""How vLLM is ended, without vLLM."""
+"""How vLLM is ended, and how a start that failed is told, without vLLM."""
 
 import asyncio
 
+import pytest
+import torch
+
+from agentopd.config.engines import VLLMConfig
 from agentopd.engines.background import BackgroundLoop
-from agentopd.engines.vllm_process import BlockingLLM
+from agentopd.engines.vllm_process import KEYS, BlockingLLM, blaming_the_cache, sampler_args
+from agentopd.errors import ConfigError
+from agentopd.models import load_shape
 
 
 class FakeLLM:
@@ -27,3 +33,22 @@ def test_nobody_reads_from_the_process_when_it_ends():
     blocking.close()
     blocking.close()
     assert llm.reading_at_shutdown == [False, False] and loop.closed
+
+
+@pytest.mark.parametrize(("dtype", "needed"), [(torch.bfloat16, "0.0015"), (torch.float32, "0.0029")])
+def test_a_start_that_its_cache_explains_names_the_keys(dtype, needed):
+    """vLLM raises the reason in its own process, and here no more than this."""
+    shape, fault = load_shape("micro/teacher"), RuntimeError("Engine core initialization failed.")
+    small = sampler_args(VLLMConfig(kv_cache_gb=0.001), dtype, max_context=1024)
+    told = f"one request of 1,024 tokens takes about {needed} GiB .* {KEYS[1]} gives 0.001: .* or lower {KEYS[0]}"
+    with pytest.raises(ConfigError, match=told), blaming_the_cache(shape, small, KEYS):
+        raise fault
+
+
+def test_a_start_that_its_cache_does_not_explain_keeps_its_fault():
+    large = sampler_args(VLLMConfig(), torch.float32, max_context=1024)
+    with (
+        pytest.raises(RuntimeError, match="Engine core"),
+        blaming_the_cache(load_shape("micro/teacher"), large, KEYS),
+    ):
+        raise RuntimeError("Engine core initialization failed.")

@@ -12,13 +12,13 @@ from agentopd.config.run import RolloutConfig
 from agentopd.config.teachers import ServedTeacherConfig
 from agentopd.contracts import Teacher
 from agentopd.doctor import self_disagreement
-from agentopd.errors import TeacherError
+from agentopd.errors import ConfigError, TeacherError
 from agentopd.models import load_model, vocabulary_hash
 from agentopd.rollout import EpisodeSpec, run_episodes
 from agentopd.serving import serve_teacher
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.served import Needs, ServedTeacher
-from agentopd.teachers.vllm import VLLMTeacher
+from agentopd.teachers.vllm import Limits, VLLMTeacher
 from agentopd_envs.micro import store
 from agentopd_envs.tool_use import ToolUseEnvironment
 from tests.tiny import episode
@@ -36,7 +36,7 @@ def test_a_vllm_teacher_behind_http_scores_as_a_local_one():
     specs = [EpisodeSpec(task, ToolUseEnvironment, f"e{i}", seed=i) for i, task in enumerate(tasks)]
     episodes = asyncio.run(run_episodes(specs, student.engine, student.renderer))
     local = LocalTeacher("near", load_model("micro/teacher", "float32"))
-    server = serve_teacher("micro/teacher", "vllm", "float32", top_k=16, host="127.0.0.1", port=0)
+    server = serve_teacher("micro/teacher", "vllm", "float32", host="127.0.0.1", port=0, limits=Limits(max_top_k=16))
     try:
         needs = Needs(vocabulary_hash(student.tokenizer), len(student.tokenizer))
         far = ServedTeacher("far", ServedTeacherConfig(base_url=server.base_url), needs)
@@ -58,12 +58,17 @@ def test_a_vllm_teacher_behind_http_scores_as_a_local_one():
 def test_a_padded_vllm_teacher_gives_no_id_of_its_padding():
     """The ids from the median of its own top-8 upwards are declared padding."""
     whole = LocalTeacher("near", load_model("micro/teacher", "float32"))
-    episodes = [episode(seed) for seed in range(3)]
+    episodes = [episode(seed) for seed in range(3)] + [episode(7, sizes=(54,))]
+    assert len(episodes[-1].token_ids) - 2 == 64
     near = asyncio.run(whole.score(episodes, 8))
     vocab_size = int(np.median(np.concatenate([found.topk_ids for found in near])))
-    teacher = VLLMTeacher("padded", "micro/teacher", "float32", vocab_size, max_top_k=8)
+    teacher = VLLMTeacher(
+        "padded", "micro/teacher", "float32", vocab_size, Limits(max_top_k=8, max_context=64, kv_cache_gb=0.125)
+    )
     try:
         found = asyncio.run(teacher.score(episodes, 8))
+        with pytest.raises(TeacherError, match="64"):
+            asyncio.run(teacher.score([episode(0, sizes=(80,))], 8))
     finally:
         asyncio.run(teacher.aclose())
     assert any(np.isneginf(item.topk_logprobs).any() for item in found)
@@ -73,3 +78,11 @@ def test_a_padded_vllm_teacher_gives_no_id_of_its_padding():
         np.testing.assert_allclose(item.topk_logprobs[~padding], other.topk_logprobs[~padding], atol=1e-3)
         sampled = np.array(asked.token_ids)[np.flatnonzero(asked.loss_mask)]
         assert (np.isneginf(item.teacher_logprobs) == (sampled >= vocab_size)).all()
+
+
+def test_a_cache_too_small_for_the_context_is_told_by_the_options_that_set_them():
+    """One full-length request of the micro teacher takes more than 1 MiB of keys and values."""
+    with pytest.raises(
+        ConfigError, match=r"one request of 1,024 tokens .*--kv-cache-gb gives .* or lower --max-context"
+    ):
+        VLLMTeacher("small", "micro/teacher", "float32", 300, Limits(kv_cache_gb=2**-10))
