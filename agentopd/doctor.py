@@ -31,14 +31,14 @@ from agentopd.models import (
     load_shape,
     load_tokenizer,
     settle_dtype,
-    vocabulary_hash,
 )
 from agentopd.registry import tool_codecs
 from agentopd.rendering import ChatRenderer
 from agentopd.rendering.codecs import ToolCodec
 from agentopd.rendering.pieces import token_bytes
 from agentopd.teachers.chat import ChatEndpoint, Question, any_text
-from agentopd.teachers.served import Needs, ServedTeacher
+from agentopd.teachers.served import ServedTeacher
+from agentopd.teaching import served_needs
 from agentopd.trackers import require_trackers
 from agentopd.tracking import RunDirectory
 from agentopd.types import Episode, StopReason, ToolCall, Turn
@@ -114,12 +114,12 @@ def vocabulary(config: RunConfig) -> Iterable[Diagnosis]:
 
 
 def served_teachers(config: RunConfig) -> Iterable[Diagnosis]:
-    """Teachers on other machines are there, know the student's tokens, and agree with themselves."""
+    """Teachers on other machines are there, give what the objective reads, and agree with themselves."""
     tokenizer = load_tokenizer(config.model.student)
     for name, chosen in config.teachers.items():
         if isinstance(chosen, ServedTeacherConfig):
             patient = chosen.model_copy(update={"outage_s": _PATIENCE_S})
-            teacher = ServedTeacher(name, patient, Needs(vocabulary_hash(tokenizer), len(tokenizer)))
+            teacher = ServedTeacher(name, patient, served_needs(config, name, tokenizer))
             spread = asyncio.run(self_disagreement(teacher, len(tokenizer)))
             told = f"{name!r} scores one sequence {_COPIES} times at once within {spread:.2g} nat"
             level: Level = "ok" if spread <= _SPREAD else "fail"

@@ -129,6 +129,16 @@ def build_teachers(
     return teachers
 
 
+def served_needs(config: RunConfig, key: str, tokenizer: Any) -> Needs:
+    """What the stages of the objective read of the served teacher ``key``: nothing of one that teaches no skill."""
+    stages = list(config.objective.every_stage())
+    taught = key in _routes(config, stages).values()
+    top_k, student_top_k = (
+        max(sizes) if taught else 0 for sizes in zip(*((x.top_k, x.student_top_k) for x in stages), strict=True)
+    )
+    return Needs(vocabulary_hash(tokenizer), len(tokenizer), top_k, student_top_k)
+
+
 def _routes(config: RunConfig, stages: Sequence[Blocks]) -> dict[str, str]:
     if all(blocks.teacher_access == "none" for blocks in stages):
         return {}
@@ -208,7 +218,7 @@ class _Faculty:
             teachers.texts[key] = ChatEndpoint(chosen, self.root / "answers")
             return
         if isinstance(chosen, ServedTeacherConfig):
-            needs = Needs(vocabulary_hash(self.policy.tokenizer), len(self.policy.tokenizer))
+            needs = served_needs(self.config, key, self.policy.tokenizer)
             teachers.by_key[key] = self._served[key] = ServedTeacher(key, chosen, needs)
             return
         model, tokenizer = load_model(chosen.model, chosen.dtype), load_tokenizer(chosen.model)

@@ -40,12 +40,17 @@ class Needs:
     """Hash of the student's."""
     vocab_size: int
     """Ids of the student's tokenizer."""
+    top_k: int = 0
+    """Ids a token that the teacher chooses."""
+    student_top_k: int = 0
+    """Ids a token that the student chooses."""
 
 
 class ServedTeacher:
     """``name`` is its key in ``[teachers]``. Ids beyond the student's never leave it: see ``within``.
 
-    Raises ``ConfigError`` for a server that scores another tokenizer's ids, and ``TeacherError`` where there is none.
+    Raises ``ConfigError`` for a server that scores another tokenizer's ids or gives less than ``needs``, and
+    ``TeacherError`` where there is none.
     """
 
     def __init__(self, name: str, config: ServedTeacherConfig, needs: Needs) -> None:
@@ -62,16 +67,31 @@ class ServedTeacher:
                 f"teacher {name!r} at {config.base_url} and the student disagree on token ids: serve a model with the "
                 "student's tokenizer"
             )
+        self._check_suffices(needs, about["candidates"])
+
+    def _check_suffices(self, needs: Needs, candidates: bool) -> None:
+        who = f"teacher {self.name!r} at {self._config.base_url}"
+        if needs.student_top_k and not candidates:
+            raise ConfigError(
+                f"{who} cannot score ids that it did not choose, and the objective needs its log-probs of the "
+                f"student's own {needs.student_top_k} a token: serve it with --kind hf, or choose another preset"
+            )
+        most = min(max(needs.top_k, needs.student_top_k), needs.vocab_size)
+        if self.max_top_k is not None and most > self.max_top_k:
+            raise ConfigError(
+                f"{who} gives at most {self.max_top_k} ids a token, and the objective needs {most}: "
+                f"serve it with --top-k {most}, or lower the objective's top_k"
+            )
 
     def _about(self) -> dict[str, Any]:
         """What the server says of itself. Raises ``ConfigError`` where something else than a teacher answers."""
         try:
             about = json.loads(asyncio.run(self._patiently("GET", "/about", b"")))
-            return {key: about[key] for key in ("max_top_k", "model", "vocabulary")}
+            return {key: about[key] for key in ("max_top_k", "candidates", "model", "vocabulary")}
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
                 f"teachers.{self.name}.base_url {self._config.base_url!r} answers, and not as a teacher does: give the "
-                "address that `agentopd serve` prints"
+                "address that `agentopd serve` prints, of the version that is installed here"
             ) from None
 
     async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:

@@ -1,8 +1,8 @@
 """A teacher behind HTTP, for runs on other machines: ``agentopd serve``.
 
-``GET /about`` says who it is; ``POST /score`` and ``/score_ids`` answer in the form of ``wire``. More questions at once
-than ``max_waiting`` are turned away with 503, which tells the client to slow down. There is no authentication: it
-belongs on a private network.
+``GET /about`` says who it is, how many ids a token it gives, and whether it scores ids that it did not choose;
+``POST /score`` and ``/score_ids`` answer in the form of ``wire``. More questions at once than ``max_waiting`` are
+turned away with 503, which tells the client to slow down. There is no authentication: it belongs on a private network.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ class TeacherServer:
         self, teacher: Teacher, identity: Identity, host: str = "127.0.0.1", port: int = 0, max_waiting: int = 64
     ) -> None:
         self.teacher = teacher
-        self.about = {"max_top_k": teacher.max_top_k, **asdict(identity)}
+        self.about = {
+            "max_top_k": teacher.max_top_k,
+            "candidates": isinstance(teacher, CandidateTeacher),
+            **asdict(identity),
+        }
         self._loop = BackgroundLoop("teacher")
         self._room = threading.BoundedSemaphore(max_waiting)
         self._http = ThreadingHTTPServer((host, port), _handler(self))

@@ -13,9 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentopd.config import RunConfig, load_run_config
 from agentopd.config.teachers import ServedTeacherConfig
 from agentopd.contracts import CandidateTeacher, Evidence, FloatArray, IntArray, Teacher
+from agentopd.doctor import Diagnosis, diagnose
 from agentopd.errors import ConfigError, TeacherError
+from agentopd.models import load_tokenizer, vocabulary_hash
 from agentopd.teachers import wire
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.served import Needs, ServedTeacher
@@ -132,6 +135,47 @@ def test_ids_beyond_the_students_vocabulary_never_reach_the_objective(serve):
     assert np.isneginf(found.teacher_logprobs).tolist() == [True] + [False] * 6
     (candidates,) = asyncio.run(far.score_ids([odd], [np.tile([5, VOCAB + 2], (7, 1))]))
     assert np.isneginf(candidates).tolist() == [[False, True]] * 7
+
+
+@pytest.mark.parametrize(
+    ("needs", "told"),
+    [
+        ({"student_top_k": 8}, r"teacher 'far' at http://.* the student's own 8 a token: serve it with --kind hf"),
+        ({"top_k": 8}, "teacher 'far' at http://.* at most 0 ids a token, .* needs 8: serve it with --top-k 8"),
+    ],
+)
+def test_a_teacher_that_gives_less_than_the_objective_reads_is_refused_at_once(serve, needs, told):
+    config = ServedTeacherConfig(base_url=serve(SampledOnly()).base_url)
+    with pytest.raises(ConfigError, match=told):
+        ServedTeacher("far", config, Needs("ids", VOCAB, **needs))
+
+
+def test_a_top_k_beyond_the_vocabulary_is_the_vocabulary(local, serve):
+    config = ServedTeacherConfig(base_url=serve(local).base_url)
+    assert ServedTeacher("far", config, Needs("ids", VOCAB, top_k=1000, student_top_k=1000)).max_top_k == VOCAB
+
+
+@pytest.mark.parametrize("preset", ["rethink_opd", "prefix_opd"])
+@pytest.mark.parametrize("scores_ids", [True, False])
+def test_doctor_tells_whether_a_served_teacher_can_score_the_students_candidates(tmp_path, preset, scores_ids):
+    identity = Identity("weights", vocabulary_hash(load_tokenizer("micro/student")))
+    model = LocalTeacher("toy", qwen3(512).requires_grad_(False))
+    server = TeacherServer(model if scores_ids else SampledOnly(), identity)
+    config = tmp_path / "served.toml"
+    config.write_text(
+        f'[objective]\npreset = "{preset}"\n[teachers.default]\nkind = "served"\nbase_url = "{server.base_url}"\n'
+        '[[suite.skills]]\nname = "store"\nenv = "tool_use"\n'
+    )
+    try:
+        (found,) = served_or_failed(load_run_config(config))
+    finally:
+        server.close()
+    assert found.level == ("ok" if scores_ids else "fail")
+    assert ("cannot score ids that it did not choose" in found.detail) != scores_ids
+
+
+def served_or_failed(config: RunConfig) -> list[Diagnosis]:
+    return [item for item in diagnose(config) if item.check.startswith("served teacher")]
 
 
 def test_an_answer_of_another_length_is_a_fault(serve):
