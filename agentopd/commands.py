@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from agentopd.config import PRESETS, SUMMARIES, load_run_config, load_suite
 from agentopd.console import before_after_table, eval_table, make_console, progress, retention_table
-from agentopd.errors import UserError
+from agentopd.errors import InfraError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,7 +203,6 @@ def compare(path: Path, arms: str | None, seeds: int | None, jobs: int | None, o
         write_record,
         write_results,
     )
-    from agentopd.errors import InfraError
 
     plan = make_plan(path, arms.split(",") if arms else (), seeds)
     console = make_console(out.plain or out.as_json, stderr=out.as_json)
@@ -362,6 +361,8 @@ def serve(options: ServeOptions) -> None:
     print(f"serving {options.model} at {server.base_url}", flush=True)
     try:
         server.wait()
+        if server.ended:
+            raise InfraError(f"stopped, for a new process to take over: {server.ended}")
     except KeyboardInterrupt:
         print("stopping")
     finally:

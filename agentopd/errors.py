@@ -9,7 +9,9 @@
         ├── SandboxError         a sandbox could not start, or died on its own
         ├── EngineError          a rollout engine failed
         ├── TeacherError         a teacher failed or returned unusable evidence
-        │   └── NoAnswerError        a model behind a chat endpoint gave no answer, not even an unusable one
+        │   ├── NoAnswerError        a model behind a chat endpoint gave no answer, not even an unusable one
+        │   ├── QuestionError        the teacher will never answer this question
+        │   └── TeacherEndedError    the teacher will answer no question any more
         ├── StorageError         the disk is full
         └── EnvironmentFault     environment code raised: the episode ends and is masked
 
@@ -62,6 +64,14 @@ class TeacherError(InfraError):
 
 class NoAnswerError(TeacherError):
     """A model behind a chat endpoint gave no answer at all: it is away, keeps failing, or something else is there."""
+
+
+class QuestionError(TeacherError):
+    """The fault is the question's own: this teacher will never answer it."""
+
+
+class TeacherEndedError(TeacherError):
+    """What computes the teacher is dead, and comes back with a new process only."""
 
 
 class StorageError(InfraError):

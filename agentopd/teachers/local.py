@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,17 @@ import torch
 from torch import Tensor
 
 from agentopd.contracts import Evidence, FloatArray, IntArray
-from agentopd.errors import TeacherError, boundary
+from agentopd.errors import TeacherEndedError, TeacherError, boundary
 from agentopd.learner.body import hidden_states
 from agentopd.learner.head import Head, head_logprobs, head_topk, output_head
 from agentopd.objective.microbatches import bucket_by_length
+from agentopd.teachers.ids import check_ids, scored_ids
 from agentopd.types import Episode
+
+_ACCELERATOR_ERRORS: tuple[type[Exception], ...] = (
+    (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+)
+"""What every later call meets too, in this process; memory that ran out is another error."""
 
 
 class LocalTeacher:
@@ -55,9 +62,11 @@ class LocalTeacher:
     async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
         """Evidence of each episode, in order; ``top_k`` is capped to the vocabulary, 0 leaves the top-K out.
 
-        A log-prob that is not finite is handed on. Raises ``TeacherError`` where the forward pass fails.
+        A log-prob that is not finite is handed on. Raises ``TeacherError`` where the forward pass fails, as
+        ``QuestionError`` for ids that the model does not have, and as ``TeacherEndedError`` where its accelerator is
+        of no more use.
         """
-        with boundary(TeacherError, f"teacher {self.name!r}"):
+        with self._faults(episodes):
             scored = _score(self._model, episodes, top_k, self.batch_tokens, self._vocab_size, self.keep_hidden)
         return [
             Evidence(
@@ -73,13 +82,24 @@ class LocalTeacher:
     async def score_ids(self, episodes: Sequence[Episode], ids: Sequence[IntArray]) -> list[FloatArray]:
         """Full-vocabulary log-probs (n, K) at given ids (n, K), the student's own candidates say, for each episode.
 
-        Raises ``TeacherError`` where the forward pass fails.
+        Raises as ``score`` does.
         """
-        with boundary(TeacherError, f"teacher {self.name!r}"):
+        with self._faults(episodes):
             return _at_ids(self._model, episodes, ids, self.batch_tokens, self._vocab_size)
 
     async def aclose(self) -> None:
         """Nothing to release."""
+
+    @contextmanager
+    def _faults(self, episodes: Sequence[Episode]) -> Iterator[None]:
+        rows = self._model.get_input_embeddings().num_embeddings
+        for episode in episodes:
+            check_ids(self.name, rows, scored_ids(episode))
+        with boundary(TeacherError, f"teacher {self.name!r}"):
+            try:
+                yield
+            except _ACCELERATOR_ERRORS as exc:
+                raise TeacherEndedError(f"teacher {self.name!r}: {type(exc).__name__}: {exc}") from exc
 
 
 def top_ids(model: Any, episodes: Sequence[Episode], k: int, batch_tokens: int = 16384) -> list[IntArray]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from agentopd.contracts import Evidence, FloatArray, IntArray
 from agentopd.engines.http import Address, Away, Refused, ask
 from agentopd.errors import ConfigError, TeacherError
 from agentopd.teachers import wire
-from agentopd.teachers.padding import within
+from agentopd.teachers.ids import within
 from agentopd.types import Episode
 
 T = TypeVar("T")
@@ -143,7 +144,9 @@ class ServedTeacher:
         async def ask(chosen: Sequence[int]) -> list[T]:
             mine = [episodes[i] for i in chosen]
             async with gate:
-                body = await self._patiently("POST", path, wire.pack_episodes(mine, **more(chosen)))
+                # The server joins questions that are the same to the byte: these are tries of one, and nothing else.
+                question = wire.pack_episodes(mine, asked=uuid4().hex, **more(chosen))
+                body = await self._patiently("POST", path, question)
             try:
                 return [read(data, episode) for data, episode in zip(wire.split(body), mine, strict=True)]
             except ValueError as exc:

@@ -16,9 +16,9 @@ import numpy as np
 
 from agentopd.contracts import Evidence
 from agentopd.engines.vllm_process import blaming_the_cache, common_args, require_vllm, start
-from agentopd.errors import TeacherError, boundary
+from agentopd.errors import QuestionError, TeacherEndedError, TeacherError, boundary
 from agentopd.models import load_shape, resolve_model, settle_dtype
-from agentopd.teachers.padding import within
+from agentopd.teachers.ids import check_ids, scored_ids, within
 from agentopd.types import Episode
 
 _START_S = 1800.0
@@ -69,20 +69,38 @@ class VLLMTeacher:
     async def score(self, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
         """Evidence of each episode, in order; ``top_k`` is capped to the vocabulary, 0 leaves the top-K out.
 
-        Raises ``TeacherError`` for a ``top_k`` above ``max_top_k``, and where vLLM fails.
+        Raises ``QuestionError`` for a ``top_k`` above ``max_top_k``, and for episodes that are too long or have ids
+        that the model lacks; ``TeacherEndedError`` where vLLM's process is dead, and ``TeacherError`` where it fails.
         """
         top_k = min(top_k, self._vocab_size)
         if top_k > self._bound:
-            raise TeacherError(
+            raise QuestionError(
                 f"teacher {self.name!r} gives at most {self._bound} ids a token, and {top_k} were asked for: "
                 f"serve it with --top-k {top_k}"
             )
+        for episode in episodes:
+            self._check(episode)
         with boundary(TeacherError, f"teacher {self.name!r}"):
-            return await self._llm.loop.run(self._score(episodes, top_k))
+            try:
+                return await self._llm.loop.run(self._score(episodes, top_k))
+            except Exception as exc:
+                if self._llm.llm.errored:
+                    raise TeacherEndedError(f"teacher {self.name!r}: {type(exc).__name__}: {exc}") from exc
+                raise
 
     async def aclose(self) -> None:
         """Stop vLLM's process."""
         await asyncio.to_thread(self._llm.close)
+
+    def _check(self, episode: Episode) -> None:
+        ids, model = scored_ids(episode), self._llm.llm.vllm_config.model_config
+        most, rows = model.max_model_len - 1, model.get_vocab_size()
+        if len(ids) > most:
+            raise QuestionError(
+                f"teacher {self.name!r} takes episodes of {most} tokens, and one has {len(ids)}: "
+                f"serve it with --max-context {len(ids)}, or shorten the episodes"
+            )
+        check_ids(self.name, rows, ids)
 
     async def _score(self, episodes: Sequence[Episode], k: int) -> list[Evidence]:
         return list(await asyncio.gather(*(self._one(episode, k) for episode in episodes)))
@@ -95,7 +113,7 @@ class VLLMTeacher:
         if not len(positions_N):
             nothing = np.zeros((0, k), np.float32)
             return Evidence(self.name, np.zeros(0, np.float32), nothing.astype(np.int64), nothing)
-        ids = episode.token_ids[: int(positions_N[-1]) + 1]
+        ids = scored_ids(episode)
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,

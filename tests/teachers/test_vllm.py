@@ -1,6 +1,7 @@
 """A teacher in vLLM, and behind HTTP, against a local one on the same weights in fp32."""
 
 import asyncio
+import multiprocessing
 from importlib.util import find_spec
 from itertools import islice
 
@@ -51,6 +52,13 @@ def test_a_vllm_teacher_behind_http_scores_as_a_local_one():
         assert asyncio.run(self_disagreement(far, len(student.tokenizer))) < 1e-4
         with pytest.raises(TeacherError, match="cannot score ids that it did not choose"):
             asyncio.run(far.score_ids(episodes[:1], [np.zeros((episodes[0].num_sampled, 2), np.int64)]))
+        for child in multiprocessing.active_children():
+            child.kill()
+        dying = ServedTeacherConfig(base_url=server.base_url, outage_s=0)
+        with pytest.raises(TeacherError, match=r"was away for \d+ s: 503 TeacherEndedError"):
+            asyncio.run(ServedTeacher("far", dying, needs).score(episodes[:1], 0))
+        server.wait()
+        assert "EngineDeadError" in server.ended
     finally:
         server.close()
 
@@ -67,7 +75,9 @@ def test_a_padded_vllm_teacher_gives_no_id_of_its_padding():
     )
     try:
         found = asyncio.run(teacher.score(episodes, 8))
-        with pytest.raises(TeacherError, match="64"):
+        with pytest.raises(
+            TeacherError, match="takes episodes of 64 tokens, and one has 83: serve it with --max-context 83"
+        ):
             asyncio.run(teacher.score([episode(0, sizes=(80,))], 8))
     finally:
         asyncio.run(teacher.aclose())

@@ -1,4 +1,7 @@
-"""Rows that a checkpoint pads its vocabulary with: ids without a token, which no objective may see."""
+"""Which ids of an episode a teacher reads, and which it may name.
+
+Rows that a checkpoint pads its vocabulary with are ids without a token, which no objective may see.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,23 @@ from dataclasses import replace
 import numpy as np
 
 from agentopd.contracts import Evidence, IntArray
+from agentopd.errors import QuestionError
+from agentopd.types import Episode
+
+
+def scored_ids(episode: Episode) -> list[int]:
+    """The ids up to the last sampled one: all that a teacher reads."""
+    positions = np.flatnonzero(episode.loss_mask)
+    return episode.token_ids[: int(positions[-1]) + 1] if len(positions) else []
+
+
+def check_ids(name: str, rows: int, ids: list[int]) -> None:
+    """Raise ``QuestionError`` where ``ids`` are not all of the model's ``rows``.
+
+    On a GPU the lookup itself would take the whole process with it.
+    """
+    if unknown := [token for token in ids if not 0 <= token < rows]:
+        raise QuestionError(f"teacher {name!r} has {rows} token ids, and an episode has the id {unknown[0]}")
 
 
 def within(vocab_size: int, evidence: Evidence, sampled_N: IntArray) -> Evidence:
