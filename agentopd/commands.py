@@ -89,7 +89,8 @@ def _train(run: Run, console: Console) -> None:
         return
     roles = {name: skill.config.role for name, skill in run.skills.items()}
     console.print(before_after_table(outcome.base, outcome.after, outcome.teacher, roles))
-    console.print(f"report: {build_report(run.directory.path)}")
+    with full_disk(run.root):
+        console.print(f"report: {build_report(run.directory.path)}")
 
 
 def evaluate(suite_path: Path, model: str | None, policy: str | None, options: EvalOptions) -> None:

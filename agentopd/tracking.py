@@ -30,12 +30,13 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from agentopd.errors import StorageError, UserError
+from agentopd.errors import AgentOPDError, StorageError, UserError
 from agentopd.types import Episode, Record, Task, Verdict, VersionedRecord
 
 PACKAGES = ("agentopd", "torch", "transformers", "deepspeed", "numpy", "tokenizers", "pydantic", "vllm")
 RecordT = TypeVar("RecordT", bound=Record)
 MEND_TO_RESUME = "bring back the file from a copy, or start the run again"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl$")
 
 
@@ -328,13 +329,22 @@ def full_disk(path: Path) -> Iterator[None]:
     """Turn a full disk into a ``StorageError`` that says how the run at ``path`` goes on."""
     try:
         yield
-    except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except AgentOPDError:
+        raise
+    except Exception as exc:
+        if not _says_full(exc):
             raise
         raise StorageError(
-            f"the disk under {str(exc.filename or path)!r} is full: free some of it; what was saved goes on with "
-            f"`agentopd resume {path}`"
+            f"the disk under {str(getattr(exc, 'filename', None) or path)!r} is full: free some of it; what was saved "
+            f"goes on with `agentopd resume {path}`"
         ) from exc
+
+
+def _says_full(exc: Exception) -> bool:
+    """Libraries in Rust (safetensors, tokenizers) put the system's message into exceptions of their own."""
+    if isinstance(exc, OSError) and exc.errno is not None:
+        return exc.errno in _FULL
+    return any(os.strerror(number) in str(exc) for number in _FULL)
 
 
 @contextmanager

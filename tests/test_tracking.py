@@ -1,5 +1,6 @@
 """The run directory: refuses to overwrite, survives a crash, resumes to exactly a step."""
 
+import errno
 import importlib.util
 import json
 import math
@@ -9,9 +10,10 @@ import sys
 
 import pytest
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from agentopd.config.run import TrackingConfig
-from agentopd.errors import UserError
+from agentopd.errors import SandboxError, StorageError, UserError
 from agentopd.trackers import JsonlTracker, open_tracker
 from agentopd.tracking import (
     KeptEpisode,
@@ -19,7 +21,9 @@ from agentopd.tracking import (
     QuarantinedEpisode,
     RunDirectory,
     Session,
+    full_disk,
     read_jsonl,
+    user_errors,
     write_atomic,
 )
 from agentopd.types import Episode, Record, StopReason, Turn, Verdict, VerdictStatus
@@ -187,6 +191,31 @@ def test_a_spoilt_episode_file_is_named(run):
     (run.episodes / "step_000001.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     with pytest.raises(UserError, match=r"step_000001\.jsonl, line 1: not a kept episode"):
         list(run.kept_episodes())
+
+
+@pytest.mark.parametrize("wrapped", [full_disk, user_errors])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "full"),
+        OSError(errno.EDQUOT, "quota"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # what tokenizers raises
+    ],
+)
+def test_a_full_disk_is_told_from_other_failures_whoever_writes(tmp_path, wrapped, error):
+    with (
+        pytest.raises(StorageError, match=r"is full: free some of it; .*`agentopd resume .*run`"),
+        wrapped(tmp_path / "run"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), SandboxError("its own disk: No space left on device")])
+def test_what_is_no_full_disk_passes_unchanged(tmp_path, error):
+    with pytest.raises(type(error)) as caught, full_disk(tmp_path):
+        raise error
+    assert caught.value is error
 
 
 def test_atomic_write_leaves_the_old_file_and_no_litter_on_failure(tmp_path):

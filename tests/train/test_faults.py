@@ -47,24 +47,27 @@ def test_sigterm_after_the_last_step_lets_the_run_end(whole, tmp_path, delay_s):
 
 
 FULL_DISK = """
-mount -t tmpfs -o size=52m none "$DISK"
+mount -t tmpfs -o "size=$SIZE" none "$DISK"
 "$PYTHON" -m agentopd.cli train "$CONFIG" --plain --set "run_dir=$DISK/run" "$@" 2> "$OUT/said"
 echo $? > "$OUT/code"
 ls -A "$DISK/run/checkpoints" > "$OUT/checkpoints"
 mount -o remount,size=1g "$DISK"
 "$PYTHON" -m agentopd.cli resume "$DISK/run" --plain && cp -r "$DISK/run" "$OUT/run"
 """
-"""Two checkpoints of the micro student fit, and not a third beside them."""
 
 
-def test_a_full_disk_stops_a_run_with_one_line_and_its_checkpoints_whole(whole, tmp_path):
+def on_a_small_disk(tmp_path: Path, size: str, *overrides: str) -> list[str]:
+    """A run on a disk that fills, resumed with more space and copied to ``run``; the checkpoints it had when it fell.
+
+    A checkpoint of the micro student takes 23.1 MiB, its export 3.3.
+    """
     alone = ["unshare", "--mount", "--user", "--map-root-user"]
     if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace of its own, for a small tmpfs")
     disk = tmp_path / "disk"
     disk.mkdir()
-    environment = {"DISK": str(disk), "OUT": str(tmp_path), "PYTHON": sys.executable, "CONFIG": str(faults.CONFIG)}
-    settings = [part for override in faults.OVERRIDES for part in ("--set", override)]
+    environment = {"DISK": disk, "OUT": tmp_path, "SIZE": size, "PYTHON": sys.executable, "CONFIG": faults.CONFIG}
+    settings = [part for override in (*faults.OVERRIDES, *overrides) for part in ("--set", override)]
     subprocess.run(
         ["env", *(f"{k}={v}" for k, v in environment.items()), *alone, "sh", "-c", FULL_DISK, "sh", *settings],
         check=True, stdout=subprocess.DEVNULL,
@@ -72,8 +75,18 @@ def test_a_full_disk_stops_a_run_with_one_line_and_its_checkpoints_whole(whole, 
     (line,) = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("error")]
     assert "is full: free some of it" in line and f"agentopd resume {disk}/run" in line
     assert (tmp_path / "code").read_text() == "1\n"
-    assert (tmp_path / "checkpoints").read_text().split() == ["step-000001", "step-000002"]
+    return (tmp_path / "checkpoints").read_text().split()
+
+
+def test_a_full_disk_stops_a_run_with_one_line_and_its_checkpoints_whole(whole, tmp_path):
+    assert on_a_small_disk(tmp_path, "52m") == ["step-000001", "step-000002"]
     assert faults.results(tmp_path / "run") == faults.results(whole)
+
+
+def test_a_disk_that_is_full_at_the_end_costs_a_resume_and_no_step(tmp_path):
+    assert on_a_small_disk(tmp_path, "25m", "train.steps=1") == ["step-000001"]
+    found = faults.results(tmp_path / "run")
+    assert [row["step"] for row in found["metrics"]] == [1] and "final.json" in found
 
 
 class Flawed:
