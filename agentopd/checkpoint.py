@@ -19,10 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from agentopd.config.run import TrainConfig
 from agentopd.errors import AgentOPDError, UserError
 from agentopd.learner import runtime
 from agentopd.mixture import MixtureState
-from agentopd.tracking import user_errors, write_atomic
+from agentopd.tracking import RunDirectory, read_jsonl, user_errors, write_atomic
 
 _PROBE = bytes(2**20)
 _CHUNK = 2**22
@@ -105,6 +106,23 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+def has_checkpoint(run: RunDirectory, schedule: TrainConfig) -> bool:
+    """Whether a run goes on from a checkpoint; if not, it stopped before its first one, and has to begin again.
+
+    Raises ``UserError`` where the first one was written and is gone since: beginning again would throw away its steps.
+    """
+    if list_checkpoints(run.checkpoints):
+        return True
+    mend = f"bring it back from a copy, or start again after `rm -r {run.path}`"
+    for torn in sorted(run.checkpoints.glob("step-*")):
+        raise _unreadable(torn, "it has no state.json", mend)
+    first_due = min(schedule.checkpoint_every or schedule.steps, schedule.steps)
+    done = max((row.get("step", 0) for row in read_jsonl(run.metrics)), default=0)
+    if done > first_due or (run.path / "model").exists():
+        raise UserError(f"no checkpoint under {str(run.checkpoints)!r}, where one was after step {first_due}: {mend}")
+    return False
+
+
 def load_latest(root: Path, learner: Saveable) -> tuple[int, MixtureState]:
     """Restore the newest checkpoint; returns its step and mixture state. Every rank must call it.
 
@@ -112,8 +130,7 @@ def load_latest(root: Path, learner: Saveable) -> tuple[int, MixtureState]:
     """
     found = list_checkpoints(root)
     if not found:
-        again = f"delete {str(root.parent)!r} and start it again"
-        raise UserError(f"no checkpoint under {str(root)!r}: the run stopped before its first one; {again}")
+        raise UserError(f"no checkpoint under {str(root)!r}: name a run that has one")
     *older, newest = found
     after = f"the same command continues from {older[-1].name}" if older else "start again"
     mixture = _restored(newest, learner, f"delete it, and {after}")

@@ -72,7 +72,10 @@ def resume(path: Path, plain: bool) -> None:
     """``agentopd resume``."""
     from agentopd.runs import Run
 
-    _train(Run.resume(path), make_console(plain))
+    console, run = make_console(plain), Run.resume(path)
+    if not run.restored:
+        console.print("no checkpoint yet: beginning again, with what was measured and stored before", soft_wrap=True)
+    _train(run, console)
 
 
 def _train(run: Run, console: Console) -> None:

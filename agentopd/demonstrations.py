@@ -33,22 +33,28 @@ class Demonstrator:
     async def answer(self, prompts: Sequence[tuple[str, Task]], num: int = 1) -> list[list[Judged]]:
         """``num`` judged episodes of every (skill, task), in order; only what the cache lacks is sampled.
 
+        Each task's are kept as soon as they are finished, so that an interruption costs only those under way.
         Episodes that the machinery broke or could not judge are returned but, without ``keep_unjudged``, not kept, so
         that the next run tries again. Raises ``EngineError``.
         """
         keys = [self._key(skill, task, num) for skill, task in prompts]
         found = [self.cache.get(key) for key in keys]
         missing = {key.digest: index for index, key in enumerate(keys) if found[index] is None}
-        specs = [spec for index in missing.values() for spec in self._specs(keys[index], prompts[index][1])]
+        specs = {digest: self._specs(keys[index], prompts[index][1]) for digest, index in missing.items()}
+        group_of = {spec.id: digest for digest, group in specs.items() for spec in group}
+        judged: dict[str, Judged] = {}
+        fresh: dict[str, list[Judged]] = {}
 
-        async def finished(spec: EpisodeSpec, episode: Episode) -> Judged:
-            return episode, await self.judge(spec.task, episode)
+        async def finished(spec: EpisodeSpec, episode: Episode) -> None:
+            judged[spec.id] = episode, await self.judge(spec.task, episode)
+            digest = group_of[spec.id]
+            if all(other.id in judged for other in specs[digest]):
+                fresh[digest] = [judged[other.id] for other in specs[digest]]
+                if self.keep_unjudged or all(_usable(item) for item in fresh[digest]):
+                    self.cache.put(keys[missing[digest]], fresh[digest])
 
-        sampled = await stream_episodes(specs, self.policy.engine, self.policy.renderer, finished, self.options)
-        fresh = {digest: sampled[i * num : (i + 1) * num] for i, digest in enumerate(missing)}
-        for digest, judged in fresh.items():
-            if self.keep_unjudged or all(_usable(item) for item in judged):
-                self.cache.put(keys[missing[digest]], judged)
+        every = [spec for group in specs.values() for spec in group]
+        await stream_episodes(every, self.policy.engine, self.policy.renderer, finished, self.options)
         return [fresh[key.digest] if old is None else old for key, old in zip(keys, found, strict=True)]
 
     def has(self, skill: str, task: Task, num: int = 1) -> bool:

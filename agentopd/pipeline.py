@@ -17,7 +17,8 @@ from agentopd.collect import collect, collect_beside
 from agentopd.evaluate import Judged
 from agentopd.learner import runtime
 from agentopd.mixture import Drawn
-from agentopd.runs import Clock, Run
+from agentopd.runs import Run
+from agentopd.stats import Clock
 from agentopd.types import Task
 
 T = TypeVar("T")

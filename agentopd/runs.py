@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +13,12 @@ import torch
 
 from agentopd.build import Judge, Policy, Skill, build_policy, build_sandbox, load_skills
 from agentopd.certify import require_certificates
-from agentopd.checkpoint import latest_kept_step, load_latest, load_step, save_checkpoint
+from agentopd.checkpoint import has_checkpoint, latest_kept_step, load_latest, load_step, save_checkpoint
 from agentopd.config import RunConfig, dump_toml, load_run_config
 from agentopd.config.objective import Blocks
 from agentopd.config.teachers import TeacherConfig
 from agentopd.contracts import ScoredEpisode
+from agentopd.errors import UserError
 from agentopd.evaluate import Judged, evaluate_model, heldout_tasks, start_kl, summarise
 from agentopd.evaluation.metrics import EvalResult, SkillScore
 from agentopd.learner import runtime
@@ -41,7 +40,7 @@ from agentopd.mixture.embedding import Embed
 from agentopd.models import model_hash, settle_dtype
 from agentopd.objective.masks import ClassifyTokens
 from agentopd.objective.streams import Batch
-from agentopd.stats import cpu_seconds, resident_mib
+from agentopd.stats import cpu_seconds
 from agentopd.teaching import Teachers, build_teachers
 from agentopd.trackers import Tracker, open_tracker, require_trackers
 from agentopd.tracking import (
@@ -55,29 +54,6 @@ from agentopd.tracking import (
     write_atomic,
 )
 from agentopd.types import Task
-
-
-class Clock:
-    """Seconds by phase of one step, and the memory resident at its end."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.resident: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to ``name``."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            self.resident[name] = resident_mib()
-
-    def metrics(self) -> dict[str, float]:
-        """``time/<phase>`` in seconds and ``memory/<phase>`` in MiB."""
-        seconds = {f"time/{name}": value for name, value in self.seconds.items()}
-        return seconds | {f"memory/{name}": value for name, value in self.resident.items()}
 
 
 @dataclass
@@ -98,6 +74,8 @@ class Run:
     classify: ClassifyTokens
     step: int = 0
     """Finished steps."""
+    restored: bool = False
+    """Whether it goes on from a checkpoint."""
     tracker: Tracker | None = None
     evals: dict[str, EvalResult] = field(default_factory=dict)
     kept_step: int | None = None
@@ -127,18 +105,27 @@ class Run:
 
     @classmethod
     def resume(cls, path: str | Path) -> Run:
-        """Continue a run from its newest checkpoint, exactly where it stood. Raises ``UserError``."""
+        """Continue a run from its newest checkpoint, exactly where it stood, or from its beginning if it has none.
+
+        Then it keeps what was measured before the first step. Raises ``UserError``.
+        """
         directory = RunDirectory.open(path)
         config = load_run_config(directory.config)
+        restored = has_checkpoint(directory, config.train)
+        if not restored:
+            _require_same_models(directory, config)
         run = cls._build(config, directory.path)
-        run.step, mixture = load_latest(directory.checkpoints, run.learner)
-        run.kept_step = latest_kept_step(directory.checkpoints)
-        run.enter_stage()
-        run.mixture.restore(mixture)
-        run.policy.engine.sync_weights(run.step)
+        run.restored = restored
+        if restored:
+            run.step, mixture = load_latest(directory.checkpoints, run.learner)
+            run.kept_step = latest_kept_step(directory.checkpoints)
+            run.enter_stage()
+            run.mixture.restore(mixture)
+            run.policy.engine.sync_weights(run.step)
+        runtime.barrier()  # every rank has seen what there is
         if runtime.rank() == 0:
             require_trackers(config.tracking)
-            directory.resume(Session.now(sys.argv, from_step=run.step))
+            directory.resume(Session.now(sys.argv, from_step=run.step), restored)
             run.directory = directory
             run.tracker = open_tracker(directory, config.tracking, from_step=run.step)
         runtime.barrier()  # evaluations of later steps are gone now
@@ -226,14 +213,8 @@ class Run:
         """
         await self.judge.start((name, tasks[0]) for name, tasks in self.heldout.items())
         if runtime.rank() == 0 and self.directory is None:
-            config = self.config
-            local = {key: item.model for key, item in config.teachers.items() if isinstance(item, TeacherConfig)}
-            names = {"student": config.model.student, **local}
-            provenance = Provenance(
-                seed=config.seed,
-                models={role: model_hash(name) for role, name in names.items()},
-                sessions=(Session.now(sys.argv),),
-            )
+            config, began = self.config, (Session.now(sys.argv),)
+            provenance = Provenance(seed=config.seed, models=_model_hashes(config), sessions=began)
             self.directory = RunDirectory.create(self.root, dump_toml(config), provenance)
             self.tracker = open_tracker(self.directory, config.tracking)
         self._list_overlaps()
@@ -249,12 +230,16 @@ class Run:
             kl = await start_kl(judged, self.teachers.start)
         result = summarise(judged, stage, config.k, step=self.step, seed=config.seed, kl=kl)
         self.evals[stage] = result
-        old = {name: score for name, score in result.tasks.items() if name in self.old_skills}
-        scores = {name: score.avg_at_k for name, score in old.items() if score.avg_at_k is not None}
-        self.mixture.scores.update(scores, {name: old[name].change_error(self._base_of(name)) for name in scores})
+        self.inform_replay(result)
         if self.directory is not None:
             self.directory.save_eval(stage, result)
         return result
+
+    def inform_replay(self, result: EvalResult) -> None:
+        """Let replay go by what an evaluation found of the skills to keep."""
+        old = {name: score for name, score in result.tasks.items() if name in self.old_skills}
+        scores = {name: score.avg_at_k for name, score in old.items() if score.avg_at_k is not None}
+        self.mixture.scores.update(scores, {name: old[name].change_error(self._base_of(name)) for name in scores})
 
     async def _played(self, actor: Policy, tasks: dict[str, list[Task]]) -> list[Judged]:
         """Judged episodes of held-out tasks; what ends a training episode ends these too."""
@@ -375,6 +360,23 @@ def _seed_everything(config: RunConfig) -> None:
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
+
+
+def _model_hashes(config: RunConfig) -> dict[str, str]:
+    """What the models that a run begins with hold, by role."""
+    local = {key: item.model for key, item in config.teachers.items() if isinstance(item, TeacherConfig)}
+    return {role: model_hash(name) for role, name in {"student": config.model.student, **local}.items()}
+
+
+def _require_same_models(directory: RunDirectory, config: RunConfig) -> None:
+    """What was measured of other models says nothing of these. Raises ``UserError``."""
+    known = read_record(directory.provenance, Provenance, MEND_TO_RESUME).models
+    for role, digest in _model_hashes(config).items():
+        if known.get(role, digest) != digest:
+            raise UserError(
+                f"{str(directory.path)!r} began with another {role}, and has no checkpoint yet: bring that model back, "
+                f"or start again after `rm -r {directory.path}`"
+            )
 
 
 def _settled(config: RunConfig) -> RunConfig:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 
 import psutil
 
@@ -16,6 +18,29 @@ _AVERAGED = (
     *("success", "retry_success", "reward", "tokens", "turns"),
     *("truncated", "repetition", "malformed", "flagged", "diff_cost"),
 )
+
+
+class Clock:
+    """Seconds by phase of one step, and the memory resident at its end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.resident: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``name``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.resident[name] = resident_mib()
+
+    def metrics(self) -> dict[str, float]:
+        """``time/<phase>`` in seconds and ``memory/<phase>`` in MiB."""
+        seconds = {f"time/{name}": value for name, value in self.seconds.items()}
+        return seconds | {f"memory/{name}": value for name, value in self.resident.items()}
 
 
 def step_metrics(judged: Sequence[tuple[Episode, Verdict]], again: Set[str] = frozenset()) -> dict[str, float]:

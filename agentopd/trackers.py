@@ -54,7 +54,7 @@ class TensorBoardTracker:
 
     def __init__(self, run: RunDirectory, from_step: int = 0):
         package = _package("tensorboard")
-        self._writer = package.SummaryWriter(run.path / "tensorboard", purge_step=from_step + 1 if from_step else None)
+        self._writer = package.SummaryWriter(run.path / "tensorboard", purge_step=from_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add every metric as a scalar."""

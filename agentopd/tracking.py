@@ -158,9 +158,9 @@ class RunDirectory:
         with user_errors(run.path):
             for folder in (run.episodes, run.eval, run.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(run.config, config_toml)
-            write_atomic(run.provenance, provenance.model_dump_json(indent=2) + "\n")
             run.metrics.touch()
+            write_atomic(run.provenance, provenance.model_dump_json(indent=2) + "\n")
+            write_atomic(run.config, config_toml)  # the last: with it, there is a run to resume
         return run
 
     @classmethod
@@ -179,11 +179,7 @@ class RunDirectory:
 
     def _way_on(self) -> str:
         """What else may be done than to begin a run elsewhere; '' where the files are no run's."""
-        if not self.config.is_file():
-            return ""
-        if any(self.checkpoints.glob("step-*")):
-            return f"continue it with `agentopd resume {self.path}`, or "
-        return f"a run without a checkpoint; if it is not running, start again after `rm -r {self.path}`, or "
+        return f"continue it with `agentopd resume {self.path}`, or " if self.config.is_file() else ""
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -194,8 +190,11 @@ class RunDirectory:
             raise UserError(f"{str(path)!r} {what}: name a run directory that `agentopd train` made")
         return run
 
-    def resume(self, session: Session) -> None:
+    def resume(self, session: Session, restored: bool = True) -> None:
         """Make the files agree with a run that is at ``session.from_step``, and record the session.
+
+        One that was not ``restored`` from a checkpoint begins again: of its logs nothing is kept, of what it evaluated
+        before the first step everything.
 
         Metrics, episodes (kept or quarantined) and evaluations of later steps are dropped, and so is a last metrics
         line torn by a crash: those steps will be written again. Raises ``UserError``, before it changes anything, where
@@ -205,7 +204,7 @@ class RunDirectory:
             old = read_record(self.provenance, Provenance, MEND_TO_RESUME)
             later = [file for file in self.eval.glob("*.json") if _step_of(file) > session.from_step]
             for log in filter(Path.is_file, (self.metrics, self.events)):
-                kept = [row for row in read_jsonl(log) if row.get("step", 0) <= session.from_step]
+                kept = [row for row in read_jsonl(log) if restored and row.get("step", 0) <= session.from_step]
                 write_atomic(log, "".join(json.dumps(row) + "\n" for row in kept))
             for step, file in [*self.episode_files(), *_step_files(self.quarantined)]:
                 if step > session.from_step:

@@ -26,9 +26,9 @@ from agentopd.objective.streams import Batch
 from agentopd.pipeline import Collected, Rollouts, apart
 from agentopd.reaction import react, watch
 from agentopd.rubrics import reward
-from agentopd.runs import Clock, Run
+from agentopd.runs import Run
 from agentopd.scoring import add_candidates, add_reference, assemble, gather_evidence
-from agentopd.stats import cost_metrics, staleness_metrics, step_metrics
+from agentopd.stats import Clock, cost_metrics, staleness_metrics, step_metrics
 from agentopd.teachers.local import top_ids
 from agentopd.types import Task
 
@@ -60,10 +60,8 @@ async def train(run: Run, console: Console) -> Outcome | None:
 async def _trained(run: Run, rollouts: Rollouts, console: Console, stopping: Callable[[], bool]) -> Outcome | None:
     schedule = run.config.train
     await run.open()
-    if "base" not in run.evals:
-        await run.evaluate("base")
-        await run.evaluate_teacher()
-        react(run)
+    if not run.restored:
+        await _measure_start(run)
     await store_rollouts(run)
     if stopping():
         run.checkpoint()  # what was measured so far is not measured again
@@ -81,6 +79,17 @@ async def _trained(run: Run, rollouts: Rollouts, console: Console, stopping: Cal
     after = await run.evaluate("final")
     run.export()
     return Outcome(run.evals["base"], after, run.evals.get("teacher"))
+
+
+async def _measure_start(run: Run) -> None:
+    """Evaluate student and teachers before the first step, but for what was measured before an interruption."""
+    if "base" in run.evals:
+        run.inform_replay(run.evals["base"])
+    else:
+        await run.evaluate("base")
+    if "teacher" not in run.evals:
+        await run.evaluate_teacher()
+    react(run)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 A fault strikes from inside a real run (the shipped models, real environments, jail and DeepSpeed), a random moment
 after a phase of a step began: a SIGKILL (``kill``), a SIGTERM (``term``), or a disk without a byte left (``disk``: a
-small tmpfs of its own, freed again once the run has stopped). One run is struck once in every phase, in the steps from
-the second on, and each time resumed by a new process; the last process ends it. Nothing may be lost: metrics,
-evaluations, kept episodes and weights must be those of the undisturbed run, byte for byte where they hold no times.
+small tmpfs of its own, freed again once the run has stopped). One run is struck while it is first evaluated, then once
+in every phase, in the steps from the first on, and each time resumed by a new process; the last process ends it.
+Nothing may be lost: metrics, evaluations, kept episodes and weights must be those of the undisturbed run, byte for byte
+where they hold no times.
 
 python -m benchmarks.faults [--rounds 20] [--kinds kill term disk]
 """
@@ -38,6 +39,9 @@ from agentopd.train import train
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart.toml"
 PHASES = ("rollout", "verify", "teacher", "update", "checkpoint")
+"""Of a step."""
+BEFORE = "base"
+"""The evaluation before the first step."""
 OVERRIDES = (
     f"train.steps={len(PHASES) + 1}", "train.prompts_per_step=3", "rollout.group_size=2", "eval.tasks_per_skill=2",
     "train.checkpoint_every=1", "train.retry_share=0.5", "threads=1", "objective.stages=[]",
@@ -76,6 +80,7 @@ SMALL_DISK = 'mount -t tmpfs -o size=400m none "$0" && TMPDIR="$0" exec "$@"'
 def beginning(run: Run, phase: str) -> tuple[Any, str]:
     """The part of a run whose method a phase begins with, and the method's name."""
     began: dict[str, tuple[Any, str]] = {
+        BEFORE: (run, "evaluate"),
         "rollout": (run.policy.engine, "generate"),
         "verify": (run.judge, "verifier"),
         "teacher": (next(iter(run.teachers.by_key.values())), "score"),
@@ -88,7 +93,10 @@ def beginning(run: Run, phase: str) -> tuple[Any, str]:
 
 @dataclass(frozen=True)
 class Fault:
-    """What strikes ``delay_s`` after the first call that the phase makes in the step after ``step`` finished ones."""
+    """What strikes ``delay_s`` after the first call that the phase makes in the step after ``step`` finished ones.
+
+    Calls of the first evaluation are none of the first step.
+    """
 
     phase: str
     step: int
@@ -103,7 +111,7 @@ class Fault:
         strikes_at = self.step + (self.phase == "checkpoint")
 
         def struck(*args: Any, **kwargs: Any) -> Any:
-            if run.step == strikes_at:
+            if run.step == strikes_at and (self.phase == BEFORE or BEFORE in run.evals):
                 strike = threading.Timer(self.delay_s, STRIKES[self.kind], (run.root,))
                 strike.daemon = True
                 strike.start()
@@ -112,10 +120,11 @@ class Fault:
         setattr(owner, name, struck)
 
 
-def play(path: Path, fault: Fault | None) -> None:
+def play(path: Path, fault: Fault | None, *overrides: str) -> None:
     """Start the run at ``path``, or go on with it."""
     begun = (path / "config.toml").is_file()
-    run = Run.resume(path) if begun else Run.start(load_run_config(CONFIG, [*OVERRIDES, f"run_dir={path}"]))
+    settings = [*OVERRIDES, *overrides, f"run_dir={path}"]
+    run = Run.resume(path) if begun else Run.start(load_run_config(CONFIG, settings))
     if fault is not None:
         fault.arm(run)
     try:
@@ -125,12 +134,12 @@ def play(path: Path, fault: Fault | None) -> None:
         sys.exit(os.EX_IOERR)
 
 
-def in_a_process(path: Path, fault: Fault | None = None) -> int:
+def in_a_process(path: Path, fault: Fault | None = None, *overrides: str) -> int:
     """The exit code of a process of its own that plays the run; a signal's number, negative, where one ended it."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["agentopd.train", "agentopd.report", "deepspeed"])
-    process = context.Process(target=play, args=(path, fault))
+    process = context.Process(target=play, args=(path, fault, *overrides))
     process.start()
     process.join()
     assert process.exitcode is not None
@@ -153,9 +162,12 @@ def results(path: Path) -> dict[str, Any]:
 
 
 def struck_run(path: Path, phases: Sequence[str], rng: random.Random, kind: str = "kill") -> list[str]:
-    """A run struck once in each phase and resumed; the phases in which it was not lived through as it should be."""
+    """A run struck once before its first step and once in each phase, and each time resumed.
+
+    Returns the phases in which it was not lived through as it should be.
+    """
     missed = []
-    for step, phase in enumerate(phases, start=1):
+    for step, phase in [(0, BEFORE), *enumerate(phases)]:
         if in_a_process(path, Fault(phase, step, rng.uniform(0, SPAN_S), kind)) != EXIT_CODES[kind]:
             missed.append(phase)
         (path.parent / BALLAST).unlink(missing_ok=True)
@@ -174,7 +186,7 @@ def compared(kind: str, rounds: int) -> dict[str, int]:
         for index in range(rounds):
             path = Path(folder) / f"struck-{index}"
             missed = struck_run(path, rng.sample(PHASES, len(PHASES)), rng, kind)
-            faults += len(PHASES) - len(missed)
+            faults += 1 + len(PHASES) - len(missed)
             differing = [name for name, value in expected.items() if results(path).get(name) != value]
             same += not differing
             print(f"{kind}, run {index}: missed {missed}, differs in {differing}", flush=True)

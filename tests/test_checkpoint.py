@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from agentopd.checkpoint import list_checkpoints, load_latest, load_step, save_checkpoint
+from agentopd.checkpoint import has_checkpoint, list_checkpoints, load_latest, load_step, save_checkpoint
+from agentopd.config.run import TrainConfig
 from agentopd.errors import UserError
 from agentopd.mixture import MixtureState
+from agentopd.trackers import JsonlTracker
+from agentopd.tracking import Provenance, RunDirectory
 
 
 class Blob:
@@ -119,3 +122,37 @@ def test_a_checkpoint_of_an_earlier_version_loads_or_is_refused(root, error):
 def test_a_fault_beside_a_whole_checkpoint_is_not_called_damage(root):
     with pytest.raises(RuntimeError, match="out of memory"):
         load_latest(root, Blob(error=RuntimeError("out of memory")))
+
+
+def begun(path: Path, *steps: int) -> RunDirectory:
+    """A run of ten steps that took some, without a checkpoint."""
+    directory = RunDirectory.create(path, "", Provenance(seed=0))
+    for step in steps:
+        JsonlTracker(directory.metrics).log(step, {})
+    return directory
+
+
+EVERY_FOUR = TrainConfig(steps=10, checkpoint_every=4)
+
+
+@pytest.mark.parametrize("schedule", [EVERY_FOUR, TrainConfig(steps=4, checkpoint_every=None)])
+def test_a_run_that_never_had_a_checkpoint_may_begin_again(tmp_path, schedule):
+    for number, steps in enumerate([(), (1, 2), (1, 2, 3, 4)]):
+        assert not has_checkpoint(begun(tmp_path / str(number), *steps), schedule)
+    directory = begun(tmp_path / "kept", 1, 2, 3, 4, 5)
+    save_checkpoint(directory.checkpoints, 4, Blob(), STATE, keep=2)
+    assert has_checkpoint(directory, schedule)
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_begun_again(tmp_path):
+    lost = r"no checkpoint under .*, where one was after step 4: bring it back from a copy, or start again after `rm -r"
+    with pytest.raises(UserError, match=lost):
+        has_checkpoint(begun(tmp_path / "later", 1, 2, 3, 4, 5), EVERY_FOUR)
+    ended = begun(tmp_path / "ended", 1, 2)
+    (ended.path / "model").mkdir()
+    with pytest.raises(UserError, match=lost):
+        has_checkpoint(ended, EVERY_FOUR)
+    torn = begun(tmp_path / "torn", 1, 2, 3, 4)
+    (torn.checkpoints / "step-000004").mkdir()
+    with pytest.raises(UserError, match=r"step-000004' cannot be read \(it has no state.json\): bring it back"):
+        has_checkpoint(torn, EVERY_FOUR)

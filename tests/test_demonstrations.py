@@ -14,7 +14,7 @@ from agentopd.config.objective_data import OfflineSource
 from agentopd.config.rollout import RolloutConfig
 from agentopd.contracts import Generation
 from agentopd.demonstrations import Demonstrator
-from agentopd.errors import UserError
+from agentopd.errors import EngineError, UserError
 from agentopd.mixture import Drawn
 from agentopd.models import load_tokenizer
 from agentopd.rendering import ChatRenderer, HermesJSON
@@ -78,6 +78,26 @@ def test_a_teacher_is_asked_once_for_each_task(renderer, skills, tmp_path):
     fresh = demonstrator(renderer, skills, tmp_path)
     assert ask(fresh, tasks, num=2)[:2] == first and fresh.policy.engine.asked == []
     assert fresh.has("math", tasks[0], 2) and not fresh.has("math", tasks[0], 3)
+
+
+def test_rollouts_that_were_finished_are_kept_when_the_rest_fails(renderer, skills, tmp_path):
+    tasks = skills["math"].tasks("train", 2, 0)
+    actor = demonstrator(renderer, skills, tmp_path)
+
+    class Dies(ScriptedEngine):
+        async def generate(self, requests):
+            if len(self.asked) == 2:  # both of the first task's have been answered
+                for _ in range(10_000):
+                    await asyncio.sleep(0)
+                raise EngineError("gone")
+            return await super().generate(requests)
+
+    actor.policy.engine = Dies(actor.policy.engine.ids, lockstep=False)
+    with pytest.raises(EngineError):
+        ask(actor, tasks, num=2)
+    assert [actor.has("math", task, 2) for task in tasks] == [True, False]
+    again = demonstrator(renderer, skills, tmp_path)
+    assert [len(answers) for answers in ask(again, tasks, num=2)] == [2, 2] and again.policy.engine.asked == [2]
 
 
 def test_the_tokens_are_those_sampled_and_the_verdict_is_the_verifiers(renderer, skills, tmp_path):

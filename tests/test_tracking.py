@@ -62,11 +62,6 @@ def test_create_lays_out_the_run_and_open_finds_it(run):
 
 
 def test_an_existing_run_is_not_overwritten(run):
-    with pytest.raises(
-        UserError, match=r"a run without a checkpoint; if it is not running, .*`rm -r .*run`, or choose"
-    ):
-        RunDirectory.create(run.path, "", Provenance(seed=1))
-    (run.checkpoints / "step-000002").mkdir()
     with pytest.raises(UserError, match=r"already holds files: continue it with `agentopd resume .*run`"):
         RunDirectory.create(run.path, "", Provenance(seed=1))
 
@@ -123,6 +118,31 @@ def test_resume_forgets_everything_after_its_step(run):
     assert read_jsonl(run.metrics)[-1] == {"step": 3, "x": 30.0}
     (session,) = Provenance.model_validate_json(run.provenance.read_text()).sessions
     assert session.from_step == 2 and session.command[1] == "resume" and "torch" in session.packages
+
+
+def test_a_run_that_begins_again_keeps_what_it_measured_before_its_first_step(run):
+    JsonlTracker(run.metrics).log(1, {"x": 1})
+    run.record(Stage(step=0))
+    run.keep_episodes(1, [kept(1)])
+    for name, step in (("base", 0), ("teacher", None), ("step_1", 1)):
+        run.save_eval(name, Stage(step=step))
+    run.resume(Session.now(["agentopd"]), restored=False)
+    assert read_jsonl(run.metrics) == read_jsonl(run.events) == list(run.kept_episodes()) == []
+    assert {path.stem for path in run.eval.iterdir()} == {"base", "teacher"}
+
+
+def test_a_directory_is_a_run_once_it_can_be_resumed(tmp_path, monkeypatch):
+    def dies(path, text):
+        if path.name == "config.toml":
+            assert all((path.parent / name).exists() for name in ("provenance.json", "metrics.jsonl", "checkpoints"))
+            raise KeyboardInterrupt
+        write_atomic(path, text)
+
+    monkeypatch.setattr("agentopd.tracking.write_atomic", dies)
+    with pytest.raises(KeyboardInterrupt):
+        RunDirectory.create(tmp_path / "run", "seed = 0\n", Provenance(seed=0))
+    with pytest.raises(UserError, match=r"has no config\.toml"):
+        RunDirectory.open(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

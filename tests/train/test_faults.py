@@ -39,6 +39,22 @@ def test_a_run_struck_in_every_phase_ends_like_one_left_alone(whole, tmp_path, k
     assert not list(path.glob("checkpoints/.partial-*"))
 
 
+@pytest.mark.parametrize(
+    ("phase", "step", "measured"), [("base", 0, []), ("verify", 0, ["base"]), ("update", 2, ["base", "teacher"])]
+)
+def test_a_run_killed_before_its_first_checkpoint_begins_again(whole, tmp_path, phase, step, measured):
+    path = tmp_path / "run"
+    fault = faults.Fault(phase, step, 0.0)
+    assert faults.in_a_process(path, fault, "train.checkpoint_every=4") == faults.EXIT_CODES["kill"]
+    assert not any((path / "checkpoints").iterdir())
+    assert [row["step"] for row in read_jsonl(path / "metrics.jsonl")] == list(range(1, step + 1))
+    kept = {file.stem: file.stat().st_ino for file in path.glob("eval/*.json")}
+    assert sorted(kept) == measured
+    assert faults.in_a_process(path) == 0
+    assert {name: (path / f"eval/{name}.json").stat().st_ino for name in kept} == kept, "what was measured is kept"
+    assert faults.results(path) == faults.results(whole)
+
+
 @pytest.mark.parametrize("delay_s", [0.0, 0.3])
 def test_sigterm_after_the_last_step_lets_the_run_end(whole, tmp_path, delay_s):
     last = faults.Fault("checkpoint", len(faults.PHASES), delay_s, "term")

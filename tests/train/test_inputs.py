@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from agentopd.collect import store_rollouts
 from agentopd.config import load_run_config
 from agentopd.console import make_console
 from agentopd.errors import ConfigError, TeacherError
@@ -79,6 +80,27 @@ def test_stages_change_the_objective_and_resume_is_exact(one_skill, small, tmp_p
     assert resumed.step == 4
     asyncio.run(train(resumed, make_console(plain=True)))
     assert metrics(half) == rows
+
+
+def test_rollouts_stored_before_an_interruption_are_not_made_again(one_skill, small):
+    settings = ("train.steps=2", "objective.preset=lightning_opd", "suite.skills.store.num_train_tasks=8")
+    whole = run(one_skill, small(*settings, name="whole"))
+    cut = Run.start(load_run_config(one_skill, small(*settings, name="cut")))
+
+    async def until_they_are_stored() -> None:
+        await cut.open()
+        await cut.evaluate("base")
+        await store_rollouts(cut)
+        await cut.aclose()
+
+    asyncio.run(until_they_are_stored())
+    stored = {path: path.stat().st_mtime_ns for path in (cut.root / "offline").rglob("*.*")}
+    assert stored
+    resumed = Run.resume(cut.root)
+    assert not resumed.restored
+    asyncio.run(train(resumed, make_console(plain=True)))
+    assert {path: path.stat().st_mtime_ns for path in (cut.root / "offline").rglob("*.*")} == stored
+    assert metrics(cut.root) == metrics(whole)
 
 
 def test_stored_rollouts_are_scored_once_and_guarded(one_skill, small, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from agentopd.build import Judge, build_policy, build_sandbox, load_skills
 from agentopd.commands import _train
-from agentopd.config import load_run_config
+from agentopd.config import dump_toml, load_run_config
 from agentopd.console import make_console
 from agentopd.contracts import Generation
 from agentopd.env_commands import What, envs_validate
@@ -20,7 +20,7 @@ from agentopd.errors import UserError
 from agentopd.evaluation.metrics import EvalResult
 from agentopd.runs import Run
 from agentopd.teaching import build_teachers
-from agentopd.tracking import RunDirectory, read_jsonl
+from agentopd.tracking import Provenance, RunDirectory, read_jsonl
 from agentopd.train import train
 
 pytestmark = pytest.mark.slow
@@ -199,6 +199,17 @@ def test_ctrl_c_before_the_first_step_is_saved_and_resumed(quickstart, small):
     assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step-000000"]
     subprocess.run([*command, "resume", str(ended), "--plain"], check=True, stdout=subprocess.DEVNULL)
     assert metrics(ended) == metrics(whole)
+
+
+def test_a_run_does_not_begin_again_with_another_model(quickstart, small):
+    config = load_run_config(quickstart, small())
+    directory = RunDirectory.create(config.run_dir, dump_toml(config), Provenance(seed=0, models={"student": "other"}))
+    before = directory.provenance.read_text()
+    with pytest.raises(
+        UserError, match=r"began with another student, and has no checkpoint yet: bring that model back"
+    ):
+        Run.resume(config.run_dir)
+    assert directory.provenance.read_text() == before
 
 
 def test_two_ranks_train_with_zero_2(quickstart, small):
