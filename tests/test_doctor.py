@@ -162,3 +162,41 @@ def test_only_an_objective_without_alignment_wants_the_students_tokens(preset, l
     (found,) = [item for item in diagnose(load_run_config(path)) if item.check == "vocabulary"]
     assert found.level == level, found
     assert ("aligned with the student's by" in found.detail) == (level == "ok")
+
+
+@pytest.fixture
+def padded(tmp_path):
+    """A folder with a random model that speaks the student's tokens, and has so many embedding rows beyond them."""
+
+    def make(name, rows, **shape):
+        tokenizer = load_tokenizer("micro/student")
+        tokenizer.save_pretrained(tmp_path / name)
+        qwen3(len(tokenizer) + rows, 0, **shape).save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return make
+
+
+def lines(check, *overrides):
+    return [item for item in diagnose(load_run_config(QUICKSTART, list(overrides))) if item.check == check]
+
+
+def test_rows_that_pad_an_embedding_are_counted(padded):
+    student, teacher = padded("student", 8), padded("teacher", 24)
+    (both,) = lines("vocabulary", f"model.student={student}", f"teachers.default.model={teacher}")
+    assert both.level == "ok"
+    assert both.detail.endswith("rows without a token: 8 of the student's embedding, 24 of the teacher's embedding")
+    (one,) = lines("vocabulary", f"teachers.default.model={teacher}")
+    assert one.detail.endswith("rows without a token: 24 of the teacher's embedding")
+    (none,) = lines("vocabulary")
+    assert none.detail == "teacher 'default' has the student's 512 tokens"
+    (few,) = lines("vocabulary", f"teachers.default.model={padded('few', -3)}")
+    assert few.level == "fail" and "has 509 embeddings but its tokenizer 512 tokens" in few.detail
+
+
+def test_a_student_alone_has_its_rows_counted(padded, tmp_path):
+    path = tmp_path / "alone.toml"
+    path.write_text('[objective]\npreset = "grpo"\n[[suite.skills]]\nname = "store"\nenv = "tool_use"\n')
+    config = load_run_config(path, [f"model.student={padded('student', 8)}"])
+    (found,) = [item for item in diagnose(config) if item.check == "vocabulary"]
+    assert found.detail == "the student has 512 tokens; rows without a token: 8 of the student's embedding"
