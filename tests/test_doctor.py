@@ -28,7 +28,10 @@ def cache(tmp_path, monkeypatch):
 def test_the_quickstart_is_healthy(capsys, tmp_path):
     free = [f"run_dir={tmp_path / 'run'}"]
     found = diagnose(load_run_config(QUICKSTART, free))
-    talk, machine = {"chat template", "tool calls", "vocabulary"}, {"sandbox", "run directory", "memory"}
+    talk, machine = (
+        {"chat template", "tool calls", "teacher template", "vocabulary"},
+        {"sandbox", "run directory", "memory"},
+    )
     assert {item.check for item in found} == talk | machine | {"certificate"}
     assert [item for item in found if item.level != "ok"] == []
     commands.doctor(QUICKSTART, free, plain=True)
@@ -200,3 +203,46 @@ def test_a_student_alone_has_its_rows_counted(padded, tmp_path):
     config = load_run_config(path, [f"model.student={padded('student', 8)}"])
     (found,) = [item for item in diagnose(config) if item.check == "vocabulary"]
     assert found.detail == "the student has 512 tokens; rows without a token: 8 of the student's embedding"
+
+
+@pytest.fixture
+def speaker(tmp_path):
+    """A folder with a tokenizer that has the student's tokens and speaks otherwise, and a random model's config."""
+
+    def make(name, template=lambda text: text, **special):
+        tokenizer = load_tokenizer("micro/student")
+        tokenizer.chat_template = template(tokenizer.chat_template)
+        for key, value in special.items():
+            setattr(tokenizer, key, value)
+        tokenizer.save_pretrained(tmp_path / name)
+        qwen3(len(tokenizer)).config.save_pretrained(tmp_path / name)
+        return f"teachers.default.model={tmp_path / name}"
+
+    return make
+
+
+def test_a_teacher_that_ends_turns_otherwise_is_named(speaker):
+    (alike,) = lines("teacher template")
+    assert alike.level == "ok" and "ends turns in '<|im_end|>' and has the student's chat template" in alike.detail
+    other = speaker("other", lambda text: text.replace("<|im_end|>", "<|endoftext|>"), eos_token="<|endoftext|>")
+    (masked,) = lines("teacher template", other)
+    assert masked.level == "warn"
+    assert "ends turns in '<|endoftext|>', the student in '<|im_end|>'" in masked.detail
+    assert "ends text in '<|endoftext|>', the student's tokenizer in '<|im_end|>'" in masked.detail
+    assert (
+        "objective.masks.special_tokens leaves both out" in masked.detail and "another chat template" in masked.detail
+    )
+    (open_,) = lines("teacher template", other, "objective.masks.special_tokens=false")
+    assert "set objective.masks.special_tokens = true" in open_.detail
+    (said,) = lines("teacher template", "teachers.default.end_of_turn=<|endoftext|>")
+    assert said.level == "warn" and "ends turns in '<|endoftext|>'" in said.detail
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [(lambda text: text + "{# later #}", "another chat template than the student's"), (lambda text: None, "no chat")],
+    ids=["other", "none"],
+)
+def test_a_teacher_of_another_template_is_named(speaker, template, told):
+    (found,) = lines("teacher template", speaker("teacher", template))
+    assert found.level == "warn" and told in found.detail and "special_tokens" not in found.detail

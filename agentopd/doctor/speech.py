@@ -39,6 +39,53 @@ def chat_template(config: RunConfig) -> Iterable[Diagnosis]:
     return check_template(load_tokenizer(config.model.student), tool_codecs.get(config.rollout.codec)())
 
 
+def teacher_template(config: RunConfig) -> Iterable[Diagnosis]:
+    """Teachers end turns as the student does and know its chat template, or the objective aligns their own."""
+    student, codec = load_tokenizer(config.model.student), tool_codecs.get(config.rollout.codec)()
+    end = _end_of_turn(student, codec)
+    stages = list(config.objective.every_stage())
+    for name, chosen in local_teachers(config).items():
+        theirs = load_tokenizer(chosen.model)
+        if any(blocks.alignment.kind != "same" for blocks in stages):
+            told = f"teacher {name!r} ends turns in {_end_of_turn(theirs, codec)!r}, aligned with the student's {end!r}"
+            yield Diagnosis("teacher template", "ok", told)
+            continue
+        ends, unlike = _unlike(student, theirs, codec, chosen.end_of_turn)
+        if not (ends or unlike):
+            told = f"teacher {name!r} ends turns in {end!r} and has the student's chat template"
+            yield Diagnosis("teacher template", "ok", told)
+            continue
+        if ends and all(blocks.masks.special_tokens for blocks in stages):
+            ends.append("objective.masks.special_tokens leaves both out of the teacher term")
+        elif ends:
+            ends.append("set objective.masks.special_tokens = true, or it teaches the student not to end its turns")
+        yield Diagnosis("teacher template", "warn", f"teacher {name!r} {'; '.join([*ends, *unlike])}")
+
+
+def _end_of_turn(tokenizer: Any, codec: ToolCodec) -> str:
+    return str(tokenizer.convert_ids_to_tokens(ChatRenderer(tokenizer, codec).end_of_turn_id))
+
+
+def _unlike(student: Any, teacher: Any, codec: ToolCodec, said: str | None) -> tuple[list[str], list[str]]:
+    """What tells a teacher with the student's tokens from it: in how turns end, and in the template's words.
+
+    ``said`` is the end of turn that the config gives to the teacher.
+    """
+    ends, unlike, end = [], [], _end_of_turn(student, codec)
+    try:
+        theirs = said or _end_of_turn(teacher, codec)
+    except ConfigError as exc:
+        theirs = end
+        unlike.append(f"has no chat template to be used, and reads the student's: {exc}")
+    if theirs != end:
+        ends.append(f"ends turns in {theirs!r}, the student in {end!r}")
+    if teacher.eos_token != student.eos_token:
+        ends.append(f"ends text in {teacher.eos_token!r}, the student's tokenizer in {student.eos_token!r}")
+    if not unlike and teacher.chat_template != student.chat_template:
+        unlike.append("has another chat template than the student's, in which it reads all the same")
+    return ends, unlike
+
+
 def vocabulary(config: RunConfig) -> Iterable[Diagnosis]:
     """Teachers have the student's tokens, or the objective aligns theirs with them; rows that pad are told."""
     student = load_tokenizer(config.model.student)
