@@ -1,6 +1,7 @@
 """What a run needs, one line each, before anything is trained."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 
 from agentopd import commands
 from agentopd.config import load_run_config
-from agentopd.contracts import Evidence
 from agentopd.doctor import check_template, diagnose
+from agentopd.doctor.teachers import scoring_teachers, served_teachers
 from agentopd.errors import ConfigError
-from agentopd.models import load_tokenizer, vocabulary_hash
+from agentopd.learner.body import hidden_states
+from agentopd.models import load_model, load_tokenizer, vocabulary_hash
 from agentopd.rendering import HermesJSON, OpenAI, Pythonic, Qwen3XML
+from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.server import Identity, TeacherServer
 from tests.tiny import qwen3
 
@@ -28,46 +31,92 @@ def cache(tmp_path, monkeypatch):
 def test_the_quickstart_is_healthy(capsys, tmp_path):
     free = [f"run_dir={tmp_path / 'run'}"]
     found = diagnose(load_run_config(QUICKSTART, free))
-    talk, machine = (
-        {"chat template", "tool calls", "teacher template", "vocabulary"},
-        {"sandbox", "run directory", "memory"},
-    )
+    talk = {"chat template", "tool calls", "teacher template", "vocabulary", "scoring teacher"}
+    machine = {"sandbox", "run directory", "memory"}
     assert {item.check for item in found} == talk | machine | {"certificate"}
     assert [item for item in found if item.level != "ok"] == []
     commands.doctor(QUICKSTART, free, plain=True)
     assert len(capsys.readouterr().out.strip().splitlines()) == len(found)
 
 
-class Unsteady:
-    """A teacher whose log-probs depend on how often it was asked."""
+class Faulty:
+    """The shipped teacher, with a fault in what it says of the tokens it is asked about."""
 
-    name, max_top_k = "unsteady", 0
+    name = "faulty"
 
-    def __init__(self, drift):
-        self.drift, self.asked = drift, 0
+    def __init__(self, fault):
+        self.teacher = LocalTeacher("faulty", load_model("micro/teacher", "float32"))
+        self.fault, self.asked, self.max_top_k = fault, 0, 0 if fault.startswith("bare") else 8
 
     async def score(self, episodes, top_k):
         self.asked += 1
-        return [Evidence("", np.full(e.num_sampled, -1 - self.drift * self.asked, np.float32)) for e in episodes]
+        found = await self.teacher.score(episodes, top_k)
+        return [self.spoilt(item, index) for index, item in enumerate(found)]
+
+    def spoilt(self, found, index):
+        logprobs, topk = found.teacher_logprobs, found.topk_logprobs
+        if self.fault == "drifts":
+            logprobs = logprobs + np.float32(0.05 * self.asked)
+        if self.fault == "minds its neighbours":
+            logprobs = logprobs - np.float32(index > 0)
+        if self.fault.endswith("late"):
+            logprobs = np.roll(logprobs, 1)
+        if self.fault.endswith("early"):
+            logprobs = np.roll(logprobs, -1)
+        if self.fault == "top-K of another token":
+            topk = None if topk is None else np.roll(topk, 1, axis=0)
+        return replace(found, teacher_logprobs=logprobs, topk_logprobs=topk)
 
     async def aclose(self):
         pass
 
 
-@pytest.mark.parametrize(("drift", "level"), [(0.0, "ok"), (0.05, "fail")])
-def test_a_teacher_that_disagrees_with_itself_is_refused(tmp_path, drift, level):
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("none", "each token in its place"),
+        ("bare", "each token in its place"),
+        ("drifts", "0.1 is the bound"),
+        ("minds its neighbours", "among others within 1; 0.1 is the bound"),
+        ("early", "evidence lies too early"),
+        ("bare and early", "evidence lies too early"),
+        ("late", "evidence lies too late"),
+        ("bare and late", "evidence lies too late"),
+        ("top-K of another token", "they lie on different tokens"),
+    ],
+)
+def test_a_teacher_whose_evidence_cannot_be_trusted_is_refused(tmp_path, fault, told):
     identity = Identity("weights", vocabulary_hash(load_tokenizer("micro/student")))
-    server = TeacherServer(Unsteady(drift), identity)
+    server = TeacherServer(Faulty(fault), identity)
     config = tmp_path / "served.toml"
     config.write_text(
         f'[objective]\npreset = "opd"\n[teachers.default]\nkind = "served"\nbase_url = "{server.base_url}"\n'
         '[[suite.skills]]\nname = "store"\nenv = "tool_use"\n'
     )
     try:
-        (found,) = [item for item in diagnose(load_run_config(config)) if item.check == "served teacher"]
+        (found,) = served_teachers(load_run_config(config))
     finally:
         server.close()
-    assert found.level == level and "scores one sequence 8 times at once" in found.detail
+    assert found.level == ("fail" if fault not in ("none", "bare") else "ok"), found
+    assert "scores one sequence 8 times at once" in found.detail and told in found.detail
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_teacher_in_this_process_is_asked_too(dtype):
+    (found,) = scoring_teachers(load_run_config(QUICKSTART, [f"teachers.default.dtype={dtype}"]))
+    assert found.level == "ok" and "as a plain forward pass within" in found.detail, found
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+def test_evidence_that_is_off_by_one_shows(by, monkeypatch):
+    """The teacher reads hidden states of the position before, or after, the one that predicts a token."""
+
+    def shifted(model, input_ids_BT, row_N, position_N):
+        return hidden_states(model, input_ids_BT, row_N, (position_N + by).clamp(max=input_ids_BT.shape[1] - 1))
+
+    monkeypatch.setattr("agentopd.teachers.local.hidden_states", shifted)
+    (found,) = scoring_teachers(load_run_config(QUICKSTART))
+    assert found.level == "fail" and ("different tokens" if by > 0 else "evidence lies too late") in found.detail
 
 
 @pytest.mark.parametrize("codec", [HermesJSON(), Qwen3XML(), Pythonic(), OpenAI()], ids=lambda codec: codec.name)

@@ -11,7 +11,7 @@ from agentopd.doctor.diagnosis import Check, Diagnosis
 from agentopd.doctor.machine import memory
 from agentopd.doctor.parts import certificates, packages, run_directory, sandbox, trackers
 from agentopd.doctor.speech import chat_template, check_template, teacher_template, vocabulary
-from agentopd.doctor.teachers import chat_endpoints, self_disagreement, served_teachers
+from agentopd.doctor.teachers import chat_endpoints, scoring_teachers, self_disagreement, served_teachers
 from agentopd.errors import AgentOPDError
 
 __all__ = ["CHECKS", "Check", "Diagnosis", "check_template", "diagnose", "self_disagreement"]
@@ -30,6 +30,6 @@ def diagnose(config: RunConfig) -> list[Diagnosis]:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(chat_template, teacher_template, vocabulary, served_teachers, chat_endpoints, certificates),
-    *(sandbox, packages, trackers, run_directory, memory),
+    *(chat_template, teacher_template, vocabulary, certificates),
+    *(scoring_teachers, served_teachers, chat_endpoints, sandbox, packages, trackers, run_directory, memory),
 )
