@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BF16, FP32 = 2, 4
+BYTES = {"bfloat16": BF16, "float32": FP32}
 GIB = 2**30
 
 
@@ -68,11 +69,30 @@ QWEN3 = {
 def state_bytes(parameters: int, ranks: int, zero_stage: int, dtype: str = "bfloat16") -> float:
     """Of one rank: bfloat16 weights (2), fp32 gradients (4), fp32 masters and Adam's two moments (12 a parameter).
 
-    ZeRO 1 divides the last among the ranks, 2 the gradients too, 3 everything. A float32 student has no masters.
+    ZeRO 1 divides the last among the ranks, 2 the gradients too, 3 everything. A float32 student has no masters at
+    stage 0, where its weights are their own.
     """
-    sizes = (BF16, FP32, 3 * FP32) if dtype == "bfloat16" else (FP32, FP32, 2 * FP32)
+    sizes = (BYTES[dtype], FP32, 2 * FP32 + _master_bytes(zero_stage, dtype))
     split = {0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks), 3: (ranks, ranks, ranks)}[zero_stage]
     return sum(size * parameters / part for size, part in zip(sizes, split, strict=True))
+
+
+def checkpoint_bytes(parameters: int, zero_stage: int, dtype: str) -> int:
+    """Of a checkpoint, over all ranks: what is trained, in its dtype, its fp32 masters and Adam's two moments."""
+    return parameters * (BYTES[dtype] + 2 * FP32 + _master_bytes(zero_stage, dtype))
+
+
+def _master_bytes(zero_stage: int, dtype: str) -> int:
+    return 0 if dtype == "float32" and zero_stage == 0 else FP32
+
+
+def lora_parameters(shape: Shape, rank: int, targets: str | tuple[str, ...]) -> int:
+    """Of adapters of this rank, on every linear layer but the head (``all-linear``) or on those named."""
+    width, query, keys = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sides = {"q_proj": width + query, "k_proj": width + keys, "v_proj": width + keys, "o_proj": query + width}
+    sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), width + shape.mlp_width)
+    chosen = sides if isinstance(targets, str) else [name for name in targets if name in sides]
+    return shape.layers * rank * sum(sides[name] for name in chosen)
 
 
 def activation_bytes(shape: Shape, tokens: int) -> int:

@@ -7,9 +7,14 @@ import torch
 
 from agentopd import capacity
 from agentopd.capacity import PLANS, QWEN3, Hardware, Shape, figures
+from agentopd.config.model import LoRAConfig
+from agentopd.config.run import LearnerConfig
 from agentopd.contracts import Evidence
+from agentopd.learner.deepspeed import DeepSpeedLearner
+from agentopd.models import load_model
 from agentopd.teachers.wire import pack_evidence
-from tests.tiny import qwen3
+from agentopd.weights import add_lora
+from tests.tiny import opd_batch, qwen3
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/scaling.md"
 
@@ -32,6 +37,7 @@ def test_state_by_stage():
     assert found == [18_000, 2_000 + 4_000 + 3_000, 2_000 + 4_000, 4_500]
     assert capacity.state_bytes(1000, 1, 3) == 18_000
     assert capacity.state_bytes(1000, 1, 0, "float32") == 16_000
+    assert capacity.state_bytes(1000, 4, 2, "float32") == 4_000 + 4_000  # ZeRO keeps masters of fp32 weights too
 
 
 def test_the_state_is_what_adam_holds():
@@ -77,3 +83,28 @@ def test_the_plans_fit_their_gpus(plan):
 
 def test_the_page_has_the_table():
     assert capacity.table() in PAGE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "rank"),
+    [("float32", 0, None), ("float32", 2, None), ("bfloat16", 1, None), ("bfloat16", 1, 16)],
+)
+def test_a_checkpoint_is_as_large_as_planned(dtype, stage, rank, tmp_path):
+    """Of the shipped student, within a tenth; what is written beside the tensors is a few tens of kilobytes."""
+    model = load_model("micro/student", dtype)
+    shape = Shape.of(model.config)
+    trained = shape.parameters
+    if rank is not None:
+        pytest.importorskip("peft")
+        add_lora(model, LoRAConfig(rank=rank))
+        trained = capacity.lora_parameters(shape, rank, "all-linear")
+        assert trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    objective, batch = opd_batch(1, 16, shape.vocabulary)
+    learner = DeepSpeedLearner(model, LearnerConfig(zero_stage=stage), objective, total_steps=1)
+    try:
+        learner.step(batch)
+        learner.save(tmp_path)
+    finally:
+        learner.close()
+    found = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert found == pytest.approx(capacity.checkpoint_bytes(trained, stage, dtype), rel=0.1)

@@ -1,15 +1,20 @@
 """What a run needs, one line each, before anything is trained."""
 
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import Qwen3Config
 
 from agentopd import commands
 from agentopd.config import load_run_config
 from agentopd.doctor import check_template, diagnose
+from agentopd.doctor.diagnosis import fit
+from agentopd.doctor.disk import disk
+from agentopd.doctor.ports import ports
 from agentopd.doctor.teachers import scoring_teachers, served_teachers
 from agentopd.errors import ConfigError
 from agentopd.learner.body import hidden_states
@@ -32,7 +37,7 @@ def test_the_quickstart_is_healthy(capsys, tmp_path):
     free = [f"run_dir={tmp_path / 'run'}"]
     found = diagnose(load_run_config(QUICKSTART, free))
     talk = {"chat template", "tool calls", "teacher template", "vocabulary", "scoring teacher"}
-    machine = {"sandbox", "run directory", "memory"}
+    machine = {"sandbox", "run directory", "disk", "ports", "memory"}
     assert {item.check for item in found} == talk | machine | {"certificate"}
     assert [item for item in found if item.level != "ok"] == []
     commands.doctor(QUICKSTART, free, plain=True)
@@ -295,3 +300,79 @@ def test_a_teacher_that_ends_turns_otherwise_is_named(speaker):
 def test_a_teacher_of_another_template_is_named(speaker, template, told):
     (found,) = lines("teacher template", speaker("teacher", template))
     assert found.level == "warn" and told in found.detail and "special_tokens" not in found.detail
+
+
+def test_what_does_not_fit_the_disk_cannot_succeed(tmp_path):
+    (small,) = lines("disk", f"run_dir={tmp_path / 'run'}", "train.checkpoint_every=10")
+    assert small.level == "ok" and "3 checkpoints of " in small.detail and "GiB" in small.detail
+    giant = tmp_path / "giant"
+    load_tokenizer("micro/student").save_pretrained(giant)
+    shape = {"hidden_size": 2**16, "intermediate_size": 2**18, "num_hidden_layers": 400, "num_attention_heads": 512}
+    Qwen3Config(vocab_size=512, head_dim=128, num_key_value_heads=8, **shape).save_pretrained(giant)
+    found = {item.check: item for item in disk(load_run_config(QUICKSTART, [f"model.student={giant}"]))}
+    assert found["disk"].level == "fail" and "which cannot fit" in found["disk"].detail
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        (["train.checkpoint_every=none"], "1 checkpoint of"),
+        (["train.steps=30", "train.checkpoint_every=25"], "2 checkpoints of"),
+        (["train.keep_checkpoints=4", "train.checkpoint_every=1"], "5 checkpoints of"),
+        (["guard.enabled=true", "train.eval_every=10", "suite.retention.tolerated_drop=0.02"], "4 checkpoints of"),
+        (["rollout.engine=vllm_servers"], "3 of the student's weights for vLLM"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_everything_large_is_counted(overrides, kept):
+    (found,) = disk(load_run_config(QUICKSTART, overrides))
+    assert kept in found.detail
+
+
+def test_what_nearly_fills_the_disk_is_tight():
+    assert [fit(needed, 100) for needed in (80, 81, 100, 101)] == ["ok", "warn", "warn", "fail"]
+
+
+@pytest.fixture
+def port():
+    """One that is bound: nobody else gets it, and nobody answers."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def of_ports(*overrides):
+    (found,) = ports(load_run_config(QUICKSTART, list(overrides)))
+    return found.level, found.detail
+
+
+def test_addresses_that_nobody_answers_at_are_named(port, honest_server):
+    assert of_ports() == ("ok", "none is listened on, and no address is gone to")
+    engine = "rollout.engine=vllm_servers"
+    level, detail = of_ports(engine, f'rollout.servers.urls=["http://127.0.0.1:{port}"]')
+    assert level == "fail" and f"rollout.servers.urls http://127.0.0.1:{port} takes no connection" in detail
+    there = honest_server.base_url.removesuffix("/v1")
+    level, detail = of_ports(engine, f'rollout.servers.urls=["{there}"]', "rollout.servers.replicas=2")
+    assert level == "ok" and f"{there} takes connections; 2 local ports" in detail
+    served = [f'teachers.default={{ kind = "served", base_url = "http://127.0.0.1:{port}" }}']
+    level, detail = of_ports(*served)
+    assert level == "fail" and f"teachers.default.base_url http://127.0.0.1:{port} takes no connection" in detail
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "told"),
+    [
+        ({}, "fail", "cannot be listened on"),
+        ({"RANK": "1"}, "ok", "the ranks meet at 127.0.0.1:"),
+        ({"RANK": "1", "MASTER_ADDR": "nowhere.invalid"}, "fail", "is no known host"),
+        ({"MASTER_PORT": ""}, "fail", "set both, or use torchrun"),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, "fail", "takes no connection"),
+    ],
+    ids=["taken", "another rank", "no host", "no port", "no agent"],
+)
+def test_where_ranks_meet_is_looked_at(changes, level, told, port, monkeypatch):
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for key, value in {**launched, **changes}.items():
+        monkeypatch.setenv(key, value)
+    found = of_ports()
+    assert found[0] == level and told in found[1]

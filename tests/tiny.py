@@ -8,8 +8,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from agentopd.batching import build_batch
+from agentopd.config.objective import ObjectiveConfig
+from agentopd.config.presets import PRESETS
+from agentopd.contracts import Evidence, ScoredEpisode
+from agentopd.objective.streams import Batch
 from agentopd.rendering.micro_template import MICRO_CHAT_TEMPLATE
-from agentopd.types import Episode, StopReason, Turn
+from agentopd.types import Episode, StopReason, Turn, Verdict, VerdictStatus
+from tests.token_classes import token_classifier
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -63,3 +69,18 @@ def episode(seed: int, sizes: Iterable[int] = (4, 3), vocab_size: int = 64) -> E
         turns=tuple(Turn(token_ids=draw(n), rollout_logprobs=(-1.0,) * n, observation_ids=draw(2)) for n in sizes),
         stop_reason=StopReason.COMPLETED,
     )
+
+
+def opd_batch(rows: int, length: int, vocab_size: int, top_k: int = 64) -> tuple[ObjectiveConfig, Batch]:
+    """Plain on-policy distillation, and a batch of ``rows`` of ``length`` tokens, all but eight of them sampled."""
+    objective = ObjectiveConfig.model_validate({**PRESETS["opd"], "preset": "opd"})
+    rng, scored = np.random.default_rng(0), []
+    for row in range(rows):
+        ids = tuple(int(x) for x in rng.integers(3, vocab_size, length))
+        turn = Turn(token_ids=ids[8:], rollout_logprobs=(-6.0,) * (length - 8))
+        played = episode(0).model_copy(update={"id": f"e{row}", "skill": "a", "prompt_ids": ids[:8], "turns": (turn,)})
+        shown = np.argsort(rng.random((length - 8, vocab_size)), axis=1)[:, :top_k]
+        evidence = Evidence("toy", np.full(length - 8, -6.0, np.float32), shown, np.full(shown.shape, -5.0, np.float32))
+        verdict = Verdict(outcome=1.0, status=VerdictStatus.OK, reward=1.0)
+        scored.append(ScoredEpisode(played, verdict, evidence))
+    return objective, build_batch(scored, objective, {"a": 1.0}, token_classifier(()), 0)

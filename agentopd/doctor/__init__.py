@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from agentopd.config import RunConfig
 from agentopd.doctor.diagnosis import Check, Diagnosis
+from agentopd.doctor.disk import disk
 from agentopd.doctor.machine import memory
 from agentopd.doctor.parts import certificates, packages, run_directory, sandbox, trackers
+from agentopd.doctor.ports import ports
 from agentopd.doctor.speech import chat_template, check_template, teacher_template, vocabulary
 from agentopd.doctor.teachers import chat_endpoints, scoring_teachers, self_disagreement, served_teachers
 from agentopd.errors import AgentOPDError
@@ -31,5 +33,16 @@ def diagnose(config: RunConfig) -> list[Diagnosis]:
 
 CHECKS: tuple[Check, ...] = (
     *(chat_template, teacher_template, vocabulary, certificates),
-    *(scoring_teachers, served_teachers, chat_endpoints, sandbox, packages, trackers, run_directory, memory),
+    *(
+        scoring_teachers,
+        served_teachers,
+        chat_endpoints,
+        sandbox,
+        packages,
+        trackers,
+        run_directory,
+        disk,
+        ports,
+        memory,
+    ),
 )
