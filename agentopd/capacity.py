@@ -95,14 +95,18 @@ def lora_parameters(shape: Shape, rank: int, targets: str | tuple[str, ...]) -> 
     return shape.layers * rank * sum(sides[name] for name in chosen)
 
 
-def activation_bytes(shape: Shape, tokens: int) -> int:
-    """Of a micro-batch with activation checkpointing: every layer's input, and one layer's insides."""
-    return tokens * BF16 * (shape.layers * shape.width + 8 * shape.width + 4 * shape.mlp_width)
+def activation_bytes(shape: Shape, tokens: int, size: int = BF16, checkpointed: bool = True) -> int:
+    """Of a micro-batch: what each layer keeps, ``size`` bytes a value, and three times a layer's insides that come and
+    go in the backward pass. With activation checkpointing a layer keeps its input, and one layer's insides are alive.
+    """
+    inside = 3 * shape.width + 3 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 4 * shape.mlp_width
+    kept = shape.layers * shape.width + inside if checkpointed else shape.layers * inside
+    return tokens * size * (kept + 3 * inside)
 
 
-def head_bytes(shape: Shape, chunk: int) -> int:
-    """Of the fused head: one chunk of logits, and the gradient of its weight in fp32."""
-    return chunk * shape.vocabulary * BF16 + shape.vocabulary * shape.width * FP32
+def head_bytes(shape: Shape, chunk: int, size: int = BF16, trained: bool = True) -> int:
+    """Of the fused head: one chunk of logits, and the gradient of its weight in fp32 where it is trained."""
+    return chunk * shape.vocabulary * size + trained * shape.vocabulary * shape.width * FP32
 
 
 def kv_bytes(shape: Shape, sequences: int, tokens: int) -> int:
@@ -113,6 +117,11 @@ def kv_bytes(shape: Shape, sequences: int, tokens: int) -> int:
 def evidence_bytes(tokens: int, top_k: int) -> int:
     """A teacher's answer before compression: fp32 for the token, three bytes and fp16 for each id of its top-K."""
     return tokens * (FP32 + (3 + BF16) * top_k)
+
+
+def held_evidence_bytes(tokens: int, top_k: int, hidden_width: int = 0) -> int:
+    """The same in memory: eight bytes and fp32 for each id, and the hidden states that whole distributions take."""
+    return tokens * (FP32 + (8 + FP32) * top_k + FP32 * hidden_width)
 
 
 def sync_seconds(parameters: int, replicas: float, link: float, folder: float) -> float:

@@ -19,6 +19,7 @@ from agentopd.errors import ConfigError
 
 SHIPPED = ("micro/student", "micro/teacher")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_CGROUP = Path("/sys/fs/cgroup")
 _CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16", "sve_bf16")
 
 
@@ -103,10 +104,17 @@ def default_device() -> torch.device:
 
 
 def available_bytes() -> int:
-    """Memory of the accelerator where there is one, else of the machine."""
+    """What is free now: of this rank's accelerator where there is one, else of the machine and of this container."""
     if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return int(psutil.virtual_memory().total)
+        return int(torch.cuda.mem_get_info(default_device())[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Pages of files that nobody reads are given back before the limit is felt.
+        return min(free, int(limit) - int(used) + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no limit, or none that is told
+        return free
 
 
 def check_same_vocabulary(student: Any, teacher: Any, teacher_name: str) -> None:

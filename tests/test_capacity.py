@@ -1,5 +1,8 @@
 """The plan's arithmetic: worked out by hand, against real models, and as the page shows it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,13 @@ from agentopd.config.model import LoRAConfig
 from agentopd.config.run import LearnerConfig
 from agentopd.contracts import Evidence
 from agentopd.learner.deepspeed import DeepSpeedLearner
-from agentopd.models import load_model
+from agentopd.models import load_model, load_shape
 from agentopd.teachers.wire import pack_evidence
 from agentopd.weights import add_lora
 from tests.tiny import opd_batch, qwen3
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/scaling.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/scaling.md"
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -108,3 +112,48 @@ def test_a_checkpoint_is_as_large_as_planned(dtype, stage, rank, tmp_path):
         learner.close()
     found = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
     assert found == pytest.approx(capacity.checkpoint_bytes(trained, stage, dtype), rel=0.1)
+
+
+PEAK = """
+import gc, re, sys
+from pathlib import Path
+from agentopd.config.run import LearnerConfig
+from agentopd.learner import runtime
+from agentopd.learner.deepspeed import DeepSpeedLearner
+from agentopd.models import load_model, load_shape
+from tests.tiny import opd_batch, qwen3
+
+def kilobytes(key):
+    return int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+objective, small = opd_batch(1, 16, 512)
+warm = DeepSpeedLearner(qwen3(512), LearnerConfig(), objective, 2)  # what libraries take is no part of it
+warm.step(small)
+warm.close()
+_, batch = opd_batch(32, 256, 512)
+del warm
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")
+before = kilobytes("VmRSS")
+settings = LearnerConfig(micro_batch_tokens=8192, activation_checkpointing=sys.argv[2] == "checkpointed")
+learner = DeepSpeedLearner(load_model("micro/student", sys.argv[1]), settings, objective, 2)
+learner.step(batch)
+print(1024 * (kilobytes("VmHWM") - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", "whole"), ("float32", "checkpointed"), ("bfloat16", "whole")])
+def test_a_step_of_the_shipped_student_takes_what_is_estimated(dtype, kept):
+    """State, a micro-batch of 8,192 tokens and the head, within a factor of 1.7 of the process's peak."""
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", PEAK, dtype, kept], capture_output=True, check=True, env=one, cwd=ROOT)
+    measured, shape = int(ran.stdout.split()[-1]), Shape.of(load_shape("micro/student"))
+    size = capacity.BYTES[dtype]
+    estimated = (
+        capacity.state_bytes(shape.parameters, 1, int(dtype == "bfloat16"), dtype)
+        + capacity.activation_bytes(shape, 8192, size, kept == "checkpointed")
+        + capacity.head_bytes(shape, 8192, size)
+    )
+    assert measured / 1.7 <= estimated <= 1.7 * measured, (measured, estimated)

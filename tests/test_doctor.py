@@ -1,5 +1,6 @@
 """What a run needs, one line each, before anything is trained."""
 
+import re
 import socket
 import sys
 from dataclasses import replace
@@ -14,11 +15,12 @@ from agentopd.config import load_run_config
 from agentopd.doctor import check_template, diagnose
 from agentopd.doctor.diagnosis import fit
 from agentopd.doctor.disk import disk
+from agentopd.doctor.machine import memory
 from agentopd.doctor.ports import ports
 from agentopd.doctor.teachers import scoring_teachers, served_teachers
 from agentopd.errors import ConfigError
 from agentopd.learner.body import hidden_states
-from agentopd.models import load_model, load_tokenizer, vocabulary_hash
+from agentopd.models import available_bytes, load_model, load_tokenizer, vocabulary_hash
 from agentopd.rendering import HermesJSON, OpenAI, Pythonic, Qwen3XML
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.server import Identity, TeacherServer
@@ -376,3 +378,63 @@ def test_where_ranks_meet_is_looked_at(changes, level, told, port, monkeypatch):
         monkeypatch.setenv(key, value)
     found = of_ports()
     assert found[0] == level and told in found[1]
+
+
+def estimated(*overrides):
+    """The level, the line, and the figure of each part in GiB."""
+    (found,) = memory(
+        load_run_config(QUICKSTART, ["model.dtype=float32", "teachers.default.dtype=float32", *overrides])
+    )
+    figures = re.findall(r"([a-z ]+?) ([\d.,]+(?:e-\d+)?)(?:, | for each|\))", found.detail.split("(", 1)[1])
+    return found.level, found.detail, {name.strip(): float(size.replace(",", "")) for name, size in figures}
+
+
+WEIGHTS = 4 * 1_722_432 / 2**30
+
+
+def test_every_part_of_the_memory_is_counted():
+    level, detail, parts = estimated()
+    assert level == "ok" and " free" in detail
+    assert set(parts) == {"learner", "teachers", "sampler", "activations and output head", "evidence of a step"}
+    assert parts["learner"] == pytest.approx(4 * WEIGHTS, rel=0.05)
+    assert parts["teachers"] == pytest.approx(2 * WEIGHTS, rel=0.05)  # the teacher and the frozen start
+    alone = estimated("eval.start_kl=false", "replay.share=0")[2]
+    assert alone["teachers"] == pytest.approx(WEIGHTS, rel=0.05)
+    vllm = estimated("rollout.engine=vllm", "rollout.vllm.kv_cache_gb=3")[2]
+    assert vllm["sampler"] == pytest.approx(3 + WEIGHTS, rel=0.05)
+    checkpointed = estimated("learner.activation_checkpointing=true")[2]
+    assert checkpointed["activations and output head"] < parts["activations and output head"]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_an_adapted_student_counts_in_its_own_dtype(dtype, size):
+    learner = estimated("model.lora.rank=1", f"model.dtype={dtype}")[2]["learner"]
+    assert size / 4 * WEIGHTS < learner < size / 4 * WEIGHTS + 0.1 * WEIGHTS
+
+
+def test_ranks_share_the_machine_and_what_zero_splits(monkeypatch):
+    whole = estimated("learner.zero_stage=2")[2]["learner"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    _, detail, parts = estimated("learner.zero_stage=2")
+    assert "for each of 2 ranks" in detail and parts["learner"] == pytest.approx(whole * (1 + 4 / 4) / 5, rel=0.1)
+    assert float(detail.split()[0]) == pytest.approx(2 * sum(parts.values()), rel=0.05)
+
+
+def test_what_does_not_fit_the_memory_cannot_succeed(monkeypatch):
+    needed = float(estimated()[1].split()[0]) * 2**30
+    for share, level, told in ((0.5, "ok", "free"), (0.9, "warn", "(tight)"), (1.1, "fail", "which cannot fit")):
+        monkeypatch.setattr("agentopd.doctor.machine.available_bytes", lambda share=share: needed / share)
+        found = estimated()
+        assert found[0] == level and found[1].endswith(told)
+
+
+def test_what_a_container_may_take_is_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("agentopd.models._CGROUP", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    whole = available_bytes()
+    for name, text in {"memory.max": "9000", "memory.current": "5000", "memory.stat": "inactive_file 200"}.items():
+        (tmp_path / name).write_text(text)
+    assert available_bytes() == 4200 < whole
+    (tmp_path / "memory.max").write_text("max")
+    assert available_bytes() > 4200

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from agentopd.capacity import GIB, Shape, lora_parameters
+from agentopd.capacity import BYTES, GIB, Shape, lora_parameters
 from agentopd.config import RunConfig
 from agentopd.config.teachers import TeacherConfig
 from agentopd.models import load_shape, settle_dtype
@@ -54,6 +54,11 @@ class Student:
         )
         trained = shape.parameters if lora is None else lora_parameters(shape, lora.rank, lora.targets)
         return cls(shape, dtype, trained, max(int(dtype == "bfloat16"), config.learner.zero_stage))
+
+
+def weight_bytes(model: str, dtype: str) -> int:
+    """Of a model's weights as they are loaded; no weights are read."""
+    return Shape.of(load_shape(model)).parameters * BYTES[settle_dtype(dtype)]
 
 
 def fit(needed: float, free: float) -> Level:

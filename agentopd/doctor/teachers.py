@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentopd.capacity import BF16, GIB, Shape
 from agentopd.config import RunConfig
 from agentopd.config.teachers import ChatTeacherConfig, EndpointConfig, ServedTeacherConfig
 from agentopd.contracts import FloatArray, Teacher
-from agentopd.doctor.diagnosis import Diagnosis, local_teachers
+from agentopd.doctor.diagnosis import Diagnosis, gib, local_teachers, weight_bytes
 from agentopd.errors import NoAnswerError, TeacherError
-from agentopd.models import available_bytes, load_model, load_shape, load_tokenizer
+from agentopd.models import available_bytes, load_model, load_tokenizer
 from agentopd.teachers.chat import ChatEndpoint, Question, any_text
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.served import ServedTeacher
@@ -48,9 +47,9 @@ def scoring_teachers(config: RunConfig) -> Iterable[Diagnosis]:
     if not any(blocks.needs_teacher or blocks.top_k for blocks in stages):
         return
     for name, chosen in local_teachers(config).items():
-        needed, there = BF16 * Shape.of(load_shape(chosen.model)).parameters, available_bytes()
+        needed, there = weight_bytes(chosen.model, chosen.dtype), available_bytes()
         if needed > there:
-            told = f"{name!r} is not asked: its weights take {needed / GIB:.1f} GiB, and {there / GIB:.1f} are free"
+            told = f"{name!r} is not asked: its weights take {gib(needed)} GiB, and {gib(there)} are free"
             yield Diagnosis("scoring teacher", "fail", told)
             continue
         model, ids = load_model(chosen.model, chosen.dtype), len(load_tokenizer(chosen.model))
