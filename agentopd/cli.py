@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -38,6 +39,15 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option("--set", metavar="KEY=VALUE", help="Override a config key, as in --set learner.lr=1e-4."),
 ]
+
+
+@app.callback()
+def root(
+    local_rank: Annotated[Optional[int], typer.Option("--local_rank", hidden=True)] = None,  # noqa: UP045
+) -> None:
+    """Take what DeepSpeed's launcher writes before the arguments of whatever it starts; it sets LOCAL_RANK too."""
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
 @app.command()

@@ -1,0 +1,64 @@
+"""Runs under the launchers that docs/scaling.md names: two ranks, each a process that the launcher started."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentopd.cli import main
+from agentopd.tracking import read_jsonl
+from tests.scaleout.conftest import PATHS, ROOT
+
+RUN = """
+run_dir = "run"
+threads = 1
+suite = { skills = [{ name = "math", env = "math" }] }
+teachers.default.model = "micro/teacher"
+objective = { preset = "verifier_calibrated", stages = [] }
+train = { steps = 1, prompts_per_step = 2, checkpoint_every = 1 }
+rollout.group_size = 2
+eval = { tasks_per_skill = 2, start_kl = false }
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the run that the page starts."""
+    (tmp_path / "my_run.toml").write_text(RUN)
+    return tmp_path
+
+
+def environment():
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PYTHONPATH": PATHS, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_deepspeeds_own_argument_is_no_mistake(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["cli.py", "--local_rank=1", "train", "absent.toml"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "no config file at 'absent.toml'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_documented_deepspeed_command_trains_on_two_ranks(folder):
+    line = re.search(r"^deepspeed --hostfile .*$", (ROOT / "docs/scaling.md").read_text(), re.MULTILINE)
+    # A file of hosts makes it ask every one by SSH, this machine too; without, it starts what it would start there.
+    here = f"--num_accelerators 2 --master_port {free_port()}"
+    words = line[0].replace("--hostfile hosts", here).split()
+    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (row,) = read_jsonl(folder / "run/metrics.jsonl")
+    assert row["rollout/episodes"] == 4
+    assert list(folder.glob("run/checkpoints/**/rng_rank1.pt"))
