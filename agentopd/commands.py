@@ -62,20 +62,25 @@ class CompareOutput:
 
 def train(path: Path, overrides: Sequence[str], allow_uncertified: Sequence[str], plain: bool) -> None:
     """``agentopd train``."""
+    from agentopd.learner.runtime import waiting_for_ranks
     from agentopd.runs import Run
 
     config = load_run_config(path, overrides)
-    _train(Run.start(config, allow_uncertified), make_console(plain))
+    with waiting_for_ranks():
+        _train(Run.start(config, allow_uncertified), make_console(plain))
 
 
 def resume(path: Path, plain: bool) -> None:
     """``agentopd resume``."""
+    from agentopd.learner.runtime import waiting_for_ranks
     from agentopd.runs import Run
 
-    console, run = make_console(plain), Run.resume(path)
-    if not run.restored:
-        console.print("no checkpoint yet: beginning again, with what was measured and stored before", soft_wrap=True)
-    _train(run, console)
+    console = make_console(plain)
+    with waiting_for_ranks():
+        run = Run.resume(path)
+        if not run.restored:
+            console.print("no checkpoint yet: beginning again, with what was measured and stored before", soft_wrap=True)
+        _train(run, console)
 
 
 def _train(run: Run, console: Console) -> None:

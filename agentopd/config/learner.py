@@ -33,3 +33,6 @@ class LearnerConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What is split over ranks: optimiser state (1), gradients too (2), weights too (3). A bfloat16 student with 0 runs
     as 1: the same thing on one rank, and the stage that keeps fp32 gradients."""
+    collective_timeout_s: float = Field(7200.0, gt=0)
+    """How long the ranks of a launched job wait for one another before they take one to hang; longer than a rank may
+    wait for a server or a teacher."""

@@ -11,6 +11,7 @@ from agentopd.config.decontamination import DecontaminationConfig
 from agentopd.config.learner import LearnerConfig
 from agentopd.config.model import ModelConfig
 from agentopd.config.objective import ACCESS, Blocks, ObjectiveConfig
+from agentopd.config.patience import check_patience
 from agentopd.config.retention import GuardConfig, ReplayConfig, StageConfig
 from agentopd.config.rollout import RolloutConfig
 from agentopd.config.scaleout import RayConfig
@@ -191,6 +192,7 @@ class RunConfig(Section):
         self._views_have_effect()
         self._split_weights_suffice()
         self._staleness_is_corrected()
+        check_patience(self)
         return self
 
     def _staleness_is_corrected(self) -> None:

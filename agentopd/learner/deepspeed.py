@@ -102,7 +102,7 @@ class DeepSpeedLearner:
         self.steps_done = 0
         self.poisoned: dict[int, str] = {}
         """Rows of the last batch that were left out because their loss was not finite, by source, and why."""
-        self._deepspeed = runtime.start()
+        self._deepspeed = runtime.start(config.collective_timeout_s)
         if config.activation_checkpointing:
             checkpoint_activations(model)
         self._adapters_only = has_lora(model)
