@@ -216,10 +216,11 @@ class Policy:
 def build_policy(
     model_name: str, dtype: str, config: RolloutConfig, lora: LoRAConfig | None = None, ray: RayConfig | None = None
 ) -> Policy:
-    """Load a student and everything it acts with. Raises ``ConfigError``."""
-    from agentopd.models import load_model, load_tokenizer
+    """Load a student and everything it acts with, on the device of this rank. Raises ``ConfigError``."""
+    from agentopd.models import load_model, load_tokenizer, take_device
     from agentopd.weights import add_lora
 
+    take_device()
     tokenizer = load_tokenizer(model_name)
     codec: ToolCodec = tool_codecs.get(config.codec)()
     renderer = ChatRenderer(tokenizer, codec)

@@ -79,7 +79,8 @@ def resume(path: Path, plain: bool) -> None:
     with waiting_for_ranks():
         run = Run.resume(path)
         if not run.restored:
-            console.print("no checkpoint yet: beginning again, with what was measured and stored before", soft_wrap=True)
+            told = "no checkpoint yet: beginning again, with what was measured and stored before"
+            console.print(told, soft_wrap=True)
         _train(run, console)
 
 

@@ -103,6 +103,12 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def take_device() -> None:
+    """Make the accelerator of this rank the one that libraries use by default, which otherwise is the first."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(default_device())
+
+
 def available_bytes() -> int:
     """What is free now: of this rank's accelerator where there is one, else of the machine and of this container."""
     if torch.cuda.is_available():

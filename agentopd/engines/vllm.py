@@ -43,7 +43,8 @@ class VLLMEngine:
         self.max_context = context_limit(model.config, config.max_context)
         self.weight_version = 0
         self._request_ids = count()
-        self._on_gpu = next(model.parameters()).device.type == "cuda"
+        device = next(model.parameters()).device
+        self._on_gpu = device.type == "cuda"
         self._asleep = False
         self._turns = Gate()
         self._canary = Canary(model, self.max_context, config.canary_bound)
@@ -57,7 +58,7 @@ class VLLMEngine:
         with ExitStack() as started, boundary(EngineError, "starting vLLM"):
             started.callback(self._sync.close)
             with blaming_the_cache(model.config, args, KEYS):
-                self._llm = start(args, config.timeout_s)
+                self._llm = start(args, config.timeout_s, device)
             started.callback(self._llm.close)
             self._check()
             self._started = started.pop_all()

@@ -19,6 +19,7 @@ from agentopd.config.engines import VLLMConfig
 from agentopd.contracts import GenerationRequest
 from agentopd.engines.background import BackgroundLoop
 from agentopd.errors import ConfigError
+from agentopd.models import default_device
 
 T = TypeVar("T")
 _LEARNERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -113,18 +114,18 @@ def _kv_bytes_per_token(config: Any, dtype: str) -> int:
         return 0  # of a shape that is not known here: nothing is blamed
 
 
-def start(args: dict[str, Any], timeout_s: float) -> BlockingLLM:
-    """Start vLLM and wait until it is ready. Whatever vLLM raises passes."""
+def start(args: dict[str, Any], timeout_s: float, device: torch.device | None = None) -> BlockingLLM:
+    """Start vLLM on a GPU, None for this process's own, and wait until it is ready. Whatever vLLM raises passes."""
     loop = BackgroundLoop("vllm")
     try:
-        return BlockingLLM(loop.wait(_started(args, timeout_s), timeout_s), loop, timeout_s)
+        return BlockingLLM(loop.wait(_started(args, timeout_s, device), timeout_s), loop, timeout_s)
     except BaseException:
         loop.close()
         raise
 
 
-async def _started(args: dict[str, Any], timeout_s: float) -> Any:
-    with _environment(timeout_s), warnings.catch_warnings():
+async def _started(args: dict[str, Any], timeout_s: float, device: torch.device | None) -> Any:
+    with _environment(timeout_s, device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of vLLM's own imports
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -133,14 +134,15 @@ async def _started(args: dict[str, Any], timeout_s: float) -> Any:
 
 
 @contextmanager
-def _environment(timeout_s: float) -> Iterator[None]:
+def _environment(timeout_s: float, device: torch.device | None = None) -> Iterator[None]:
     """What vLLM's process inherits. Ours is put back: vLLM preloads libraries, which sandboxes must not inherit."""
     before = dict(os.environ)
     wanted = environment(timeout_s)
     if torch.cuda.is_available():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        device = torch.cuda.current_device()
-        wanted["CUDA_VISIBLE_DEVICES"] = seen[device] if device < len(seen) and seen[device] else str(device)
+        # Not the thread's current device: that of the loop's own thread is the first, whatever the caller's.
+        index = device.index if device is not None and device.index is not None else default_device().index
+        wanted["CUDA_VISIBLE_DEVICES"] = seen[index] if index < len(seen) and seen[index] else str(index)
         # The handles of shared GPU memory are not plain data.
         wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     for name in _LEARNERS:
