@@ -22,6 +22,9 @@ class RayConfig(Section):
     """A custom resource of which each rollout worker takes 1."""
     cpus_per_worker: float = Field(1.0, ge=0)
     gpus_per_rollout_worker: float = Field(0.0, ge=0)
+    canary_bound: float | None = Field(None, gt=0)
+    """Stop the run where a rollout worker's and the learner's log-probs of fixed prompts differ by more than this on
+    average; None is 0.05 in bfloat16 and 1e-4 in float32."""
     deadline_s: float = Field(600.0, gt=0)
     """Of one verdict, of one batch of turns, and of starting a worker. A worker that misses it is replaced."""
     health_s: float = Field(10.0, gt=0)
@@ -35,7 +38,9 @@ class RayConfig(Section):
             raise ValueError("no worker is asked for: set verification_workers or rollout_workers, or leave [ray] out")
         if self.verification_resource and not self.verification_workers:
             raise ValueError("verification_resource has no effect without verification_workers: leave it out")
-        of_rollouts = self.rollout_resource or self.gpus_per_rollout_worker
+        of_rollouts = self.rollout_resource or self.gpus_per_rollout_worker or self.canary_bound
         if of_rollouts and not self.rollout_workers:
-            raise ValueError("rollout_resource and gpus_per_rollout_worker have no effect without rollout_workers")
+            raise ValueError(
+                "rollout_resource, gpus_per_rollout_worker and canary_bound have no effect without rollout_workers"
+            )
         return self
