@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d as groups
 
 from agentopd.config.learner import LearnerConfig
 from agentopd.errors import InfraError
+from agentopd.models import take_device
 
 _DEADLINE_S: float = LearnerConfig.model_fields["collective_timeout_s"].default
 _EXPIRED = re.compile(r"timed? ?out", re.IGNORECASE)
@@ -41,8 +42,7 @@ def start(deadline_s: float = _DEADLINE_S) -> Any:
         # Groups do not inherit it, and DeepSpeed makes its own, without one: they take what stands here.
         groups.default_pg_timeout = groups.default_pg_nccl_timeout = deadline  # type: ignore[attr-defined]
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            if on_gpu:  # what the ranks tell one another goes over the current GPU
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            take_device()  # what the ranks tell one another goes over the current GPU
             with waiting_for_ranks():
                 dist.init_process_group(backend, timeout=deadline)
         else:
