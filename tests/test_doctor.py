@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import Qwen3Config
+from transformers import GPT2Config, Qwen3Config
 
 from agentopd import commands
 from agentopd.config import load_run_config
@@ -438,3 +438,17 @@ def test_what_a_container_may_take_is_what_is_free(tmp_path, monkeypatch):
     assert available_bytes() == 4200 < whole
     (tmp_path / "memory.max").write_text("max")
     assert available_bytes() > 4200
+
+
+def test_a_model_that_the_formulas_do_not_know_is_no_failure(tmp_path):
+    load_tokenizer("micro/student").save_pretrained(tmp_path)
+    GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    for check in ("disk", "memory"):
+        (found,) = lines(check, f"model.student={tmp_path}", "run_dir=runs/none")
+        assert found.level == "warn" and "has no 'intermediate_size'" in found.detail
+
+
+def test_a_teacher_that_cannot_be_loaded_is_not_asked(monkeypatch):
+    monkeypatch.setattr("agentopd.doctor.teachers.available_bytes", lambda: 1000)
+    (found,) = scoring_teachers(load_run_config(QUICKSTART))
+    assert found.level == "fail" and "is not asked: its weights take" in found.detail

@@ -7,7 +7,7 @@ To add a check: write a function from a config to diagnoses and put it into ``CH
 from __future__ import annotations
 
 from agentopd.config import RunConfig
-from agentopd.doctor.diagnosis import Check, Diagnosis
+from agentopd.doctor.diagnosis import Check, Diagnosis, UnknownShapeError
 from agentopd.doctor.disk import disk
 from agentopd.doctor.machine import memory
 from agentopd.doctor.parts import certificates, packages, run_directory, sandbox, trackers
@@ -28,21 +28,13 @@ def diagnose(config: RunConfig) -> list[Diagnosis]:
             found += check(config)
         except AgentOPDError as exc:
             found.append(Diagnosis(name, "fail", str(exc)))
+        except UnknownShapeError as exc:
+            found.append(Diagnosis(name, "warn", str(exc)))
     return found
 
 
 CHECKS: tuple[Check, ...] = (
     *(chat_template, teacher_template, vocabulary, certificates),
-    *(
-        scoring_teachers,
-        served_teachers,
-        chat_endpoints,
-        sandbox,
-        packages,
-        trackers,
-        run_directory,
-        disk,
-        ports,
-        memory,
-    ),
+    *(memory, disk, ports),  # before teachers are loaded, which take of what is free
+    *(scoring_teachers, served_teachers, chat_endpoints, sandbox, packages, trackers, run_directory),
 )

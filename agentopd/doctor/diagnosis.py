@@ -25,6 +25,10 @@ class Diagnosis:
     detail: str
 
 
+class UnknownShapeError(Exception):
+    """A model of another kind than the formulas of ``capacity`` are about: nothing is wrong with it."""
+
+
 Check = Callable[[RunConfig], Iterable[Diagnosis]]
 
 
@@ -48,7 +52,7 @@ class Student:
     def of(cls, config: RunConfig) -> Student:
         """From the config of its model; no weights are read."""
         shape, dtype, lora = (
-            Shape.of(load_shape(config.model.student)),
+            shape_of(config.model.student),
             settle_dtype(config.model.dtype),
             config.model.lora,
         )
@@ -56,9 +60,18 @@ class Student:
         return cls(shape, dtype, trained, max(int(dtype == "bfloat16"), config.learner.zero_stage))
 
 
+def shape_of(model: str) -> Shape:
+    """Of a model, from its config. Raises ``UnknownShapeError`` where that has other fields."""
+    config = load_shape(model)
+    try:
+        return Shape.of(config)
+    except AttributeError as exc:
+        raise UnknownShapeError(f"not estimated: the config of model {model!r} has no {exc.name!r}") from None
+
+
 def weight_bytes(model: str, dtype: str) -> int:
     """Of a model's weights as they are loaded; no weights are read."""
-    return Shape.of(load_shape(model)).parameters * BYTES[settle_dtype(dtype)]
+    return shape_of(model).parameters * BYTES[settle_dtype(dtype)]
 
 
 def fit(needed: float, free: float) -> Level:

@@ -9,6 +9,7 @@ import torch
 
 from agentopd.build import load_skills
 from agentopd.capacity import (
+    BF16,
     BYTES,
     GIB,
     activation_bytes,
@@ -87,8 +88,9 @@ def _sampler(config: RunConfig, student: Student, sampled: int, on_gpu: bool) ->
         return config.ray.rollout_workers * shape.parameters * size if here else 0
     if rollout.engine == "hf":
         rows = min(rollout.batch_size, -(-_episodes(config) // int(os.environ.get("WORLD_SIZE", "1"))))
-        most = int(load_shape(config.model.student).max_position_embeddings)
-        live = kv_bytes(shape, rows, min(most, _ALL_OF_AN_EPISODE * sampled)) * size / 2
+        tokens = _ALL_OF_AN_EPISODE * sampled
+        most = getattr(load_shape(config.model.student), "max_position_embeddings", None) or tokens
+        live = kv_bytes(shape, rows, min(most, tokens)) * size / BF16
         return live + min(live, rollout.turn_cache_mb * 2**20)
     engines = rollout.servers.started if rollout.engine == "vllm_servers" else 1
     if on_gpu and rollout.engine == "vllm_servers" and rollout.servers.gpus:

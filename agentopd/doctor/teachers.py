@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from agentopd.config import RunConfig
-from agentopd.config.teachers import ChatTeacherConfig, EndpointConfig, ServedTeacherConfig
+from agentopd.config.teachers import ChatTeacherConfig, EndpointConfig, ServedTeacherConfig, TeacherConfig
 from agentopd.contracts import FloatArray, Teacher
-from agentopd.doctor.diagnosis import Diagnosis, gib, local_teachers, weight_bytes
+from agentopd.doctor.diagnosis import Diagnosis, UnknownShapeError, gib, local_teachers, weight_bytes
 from agentopd.errors import NoAnswerError, TeacherError
 from agentopd.models import available_bytes, load_model, load_tokenizer
 from agentopd.teachers.chat import ChatEndpoint, Question, any_text
@@ -47,14 +47,24 @@ def scoring_teachers(config: RunConfig) -> Iterable[Diagnosis]:
     if not any(blocks.needs_teacher or blocks.top_k for blocks in stages):
         return
     for name, chosen in local_teachers(config).items():
-        needed, there = weight_bytes(chosen.model, chosen.dtype), available_bytes()
-        if needed > there:
+        if (needed := _weights(chosen)) > (there := available_bytes()):
             told = f"{name!r} is not asked: its weights take {gib(needed)} GiB, and {gib(there)} are free"
             yield Diagnosis("scoring teacher", "fail", told)
             continue
         model, ids = load_model(chosen.model, chosen.dtype), len(load_tokenizer(chosen.model))
         teacher = LocalTeacher(name, model, chosen.batch_tokens, ids)
         yield asyncio.run(_examined("scoring teacher", name, teacher, ids, partial(plain_logprobs, model, ids)))
+        del model, teacher
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the next one is weighed against what is free
+
+
+def _weights(chosen: TeacherConfig) -> int:
+    """Bytes of a teacher's weights; 0 where they cannot be told."""
+    try:
+        return weight_bytes(chosen.model, chosen.dtype)
+    except UnknownShapeError:
+        return 0
 
 
 async def _examined(
