@@ -31,7 +31,7 @@ def ports(config: RunConfig) -> Iterable[Diagnosis]:
     if servers:
         fault = _no_local_ports(servers)
         wrong += [fault] if fault else []
-        told.append(f"{servers} local ports for vLLM's servers can be had")
+        told.append(f"{servers} local {'port' if servers == 1 else 'ports'} for vLLM's servers can be had")
     detail = "; ".join(wrong or told or ["none is listened on, and no address is gone to"])
     yield Diagnosis("ports", "fail" if wrong else "ok", detail)
 
