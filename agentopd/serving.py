@@ -9,7 +9,7 @@ from agentopd.errors import ConfigError
 from agentopd.models import load_model, load_tokenizer, model_hash, vocabulary_hash
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.server import Identity, TeacherServer
-from agentopd.teachers.vllm import Limits, VLLMTeacher
+from agentopd.teachers.vllm import Limits, start_vllm_teacher
 
 
 def serve_teacher(
@@ -22,7 +22,7 @@ def serve_teacher(
     tokenizer = load_tokenizer(model)
     teacher: Teacher
     if kind == "vllm":
-        teacher = VLLMTeacher(model, model, dtype, len(tokenizer), limits)
+        teacher = start_vllm_teacher(model, model, dtype, len(tokenizer), limits)
     else:
         teacher = LocalTeacher(model, load_model(model, dtype), vocab_size=len(tokenizer))
     try:

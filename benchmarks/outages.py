@@ -51,7 +51,7 @@ class Server:
 
     def start(self) -> None:
         """Begin to serve; returns before it does."""
-        options = ServeOptions("micro/teacher", "hf", "auto", 64, "127.0.0.1", self.port)
+        options = ServeOptions("micro/teacher", "hf", "auto", "127.0.0.1", self.port)
         self._process = self._context.Process(target=serve, args=(options,), daemon=True)
         self._process.start()
 

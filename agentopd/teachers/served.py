@@ -75,7 +75,8 @@ class ServedTeacher:
         if needs.student_top_k and not candidates:
             raise ConfigError(
                 f"{who} cannot score ids that it did not choose, and the objective needs its log-probs of the "
-                f"student's own {needs.student_top_k} a token: serve it with --kind hf, or choose another preset"
+                f"student's own {needs.student_top_k} a token: serve it with --kind hf, or with --kind vllm "
+                "where vLLM has model runner V2 (on a GPU), or choose another preset"
             )
         most = min(max(needs.top_k, needs.student_top_k), needs.vocab_size)
         if self.max_top_k is not None and most > self.max_top_k:

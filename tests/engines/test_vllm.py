@@ -190,3 +190,9 @@ def test_the_canary_catches_a_cache_of_the_old_weights(engine, moved):
 def test_shared_gpu_memory_needs_a_gpu(policy, engine):
     with pytest.raises(ConfigError, match="there is no GPU"):
         VLLMEngine(policy.model, VLLMConfig(sync="ipc"))
+
+
+def test_a_cache_too_small_for_the_context_is_told_by_the_keys_that_set_them(policy):
+    """One full-length request of the micro student takes more than 1 MiB of keys and values."""
+    with pytest.raises(ConfigError, match=r"vllm\.kv_cache_gb gives .* or lower rollout\.vllm\.max_context"):
+        VLLMEngine(policy.model, VLLMConfig(kv_cache_gb=2**-10, timeout_s=2000))
