@@ -23,6 +23,7 @@ from agentopd.engines.http import Address, ask_json
 from agentopd.errors import EngineError
 from agentopd.learner import runtime
 from agentopd.learner.deepspeed import DeepSpeedLearner
+from agentopd.models import load_model
 from tests.engines.token_server import read
 from tests.tiny import qwen3
 
@@ -40,13 +41,15 @@ class Rank:
     out: Path
     stage: int = 0
     bound: float | None = LARGE
+    student: str = ""
+    """A model's name; a tiny random one if there is none."""
     model: Any = field(init=False)
     engine: VLLMServersEngine = field(init=False)
     seen: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        self.model = qwen3(400, max_position_embeddings=128)
+        self.model = load_model(self.student, "float32") if self.student else qwen3(400, max_position_embeddings=128)
         vllm = VLLMConfig(canary_bound=self.bound, timeout_s=60.0)
         servers = ServersConfig(urls=self.urls, folder=str(self.out / "weights"), turn_timeout_s=60, outage_s=60)
         self.engine = VLLMServersEngine(self.model, vllm, servers)  # before the learner, as in a run
@@ -80,6 +83,7 @@ class Rank:
         self.seen.append(
             {
                 "tokens": [x.token_ids for x in made],
+                "logprobs": [x.logprobs for x in made],
                 "version": sorted({x.weight_version for x in made}),
                 "weights": read(folders[-1]),
                 "folders": [x.name for x in folders],

@@ -6,14 +6,18 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agentopd.config.engines import ServersConfig
+from agentopd.config.engines import ServersConfig, VLLMConfig
+from agentopd.engines import VLLMServersEngine
 from agentopd.engines.http import Address, ask_json
 from agentopd.engines.server_process import ServerProcess
+from agentopd.models import load_model
 from tests.engines import rank_worker
 from tests.engines.token_server import sampled
 
@@ -121,3 +125,23 @@ def test_a_canary_out_of_bounds_stops_every_rank_at_the_start(servers, job):
 def test_a_server_that_is_named_twice_is_refused(again):
     with pytest.raises(ValueError, match="is named twice: name each server once"):
         ServersConfig(urls=("http://far:1", "http://near:1", again))
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(3000)
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
+def test_ranks_share_a_server_of_vllms_and_each_finds_its_weights_there(job):
+    """The canary of either rank compares with its own weights."""
+    vllm = VLLMConfig(max_context=768, timeout_s=2000.0, max_num_seqs=32, kv_cache_gb=0.25)
+    owner = VLLMServersEngine(load_model("micro/student", "float32"), vllm, ServersConfig(replicas=1))
+    try:
+        ranks = job(
+            "updates", urls=[str(owner.replicas[0].reach().address)], stage=3, bound=1e-4, student="micro/student"
+        )
+    finally:
+        owner.close()
+    for rank in ranks:
+        assert "error" not in rank and [seen["version"] for seen in rank["seen"]] == [[0], [1], [2], [3]]
+        said = [seen["logprobs"] for seen in rank["seen"]]
+        assert all(one != other for one, other in pairwise(said))
+    assert ranks[0]["seen"][-1]["folders"] == ["weights-000002-3", "weights-000003-4"]
