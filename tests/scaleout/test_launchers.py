@@ -2,11 +2,15 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agentopd.cli import main
@@ -62,3 +66,28 @@ def test_the_documented_deepspeed_command_trains_on_two_ranks(folder):
     (row,) = read_jsonl(folder / "run/metrics.jsonl")
     assert row["rollout/episodes"] == 4
     assert list(folder.glob("run/checkpoints/**/rng_rank1.pt"))
+
+
+@pytest.mark.slow
+def test_signalling_the_ranks_under_torchrun_saves_and_ends_with_zero(folder):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = ["-m", "agentopd.cli", "train", "my_run.toml", "--plain", "--set", "train.steps=1000"]
+    log, ranks = folder / "log", []
+    with log.open("w") as out:
+        agent = subprocess.Popen([*launcher, *run], cwd=folder, env=environment(), stdout=out, stderr=out)
+    try:
+        while not (folder / "run/metrics.jsonl").is_file():
+            assert agent.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.1)
+        ranks = [child for child in psutil.Process(agent.pid).children() if "train" in child.cmdline()]
+        assert len(ranks) == 2
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+        assert agent.wait(200) == 0, log.read_text()[-2000:]
+    finally:
+        for process in ranks or [agent]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    rows = read_jsonl(folder / "run/metrics.jsonl")
+    assert f"stopped after step {len(rows)}, saved: agentopd resume run" in log.read_text()
+    assert list(folder.glob(f"run/checkpoints/step-{len(rows):06d}/**/rng_rank1.pt"))
