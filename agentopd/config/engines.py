@@ -30,7 +30,7 @@ class VLLMConfig(Section):
     """Stop the run where vLLM's and the learner's log-probs of fixed prompts differ by more than this on average after
     a weight sync; None is 0.05 in bfloat16 and 1e-4 in float32."""
     timeout_s: float = Field(600.0, gt=0)
-    """Deadline of starting up, and of one weight sync."""
+    """Deadline of starting up, and of each call of a weight sync."""
 
 
 class ServersConfig(Section):
