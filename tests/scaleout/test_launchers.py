@@ -56,6 +56,7 @@ def test_deepspeeds_own_argument_is_no_mistake(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_documented_deepspeed_command_trains_on_two_ranks(folder):
     line = re.search(r"^deepspeed --hostfile .*$", (ROOT / "docs/scaling.md").read_text(), re.MULTILINE)
     # A file of hosts makes it ask every one by SSH, this machine too; without, it starts what it would start there.
@@ -69,6 +70,7 @@ def test_the_documented_deepspeed_command_trains_on_two_ranks(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_signalling_the_ranks_under_torchrun_saves_and_ends_with_zero(folder):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = ["-m", "agentopd.cli", "train", "my_run.toml", "--plain", "--set", "train.steps=1000"]
