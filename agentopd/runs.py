@@ -135,6 +135,7 @@ class Run:
 
     @classmethod
     def _build(cls, config: RunConfig, root: Path) -> Run:
+        runtime.join(config.learner.collective_timeout_s)
         _seed_everything(config)
         skills = load_skills(config.suite)
         judge = Judge(skills.values(), build_sandbox(config.sandbox, skills.values(), config.ray))

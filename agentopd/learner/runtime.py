@@ -27,6 +27,12 @@ _EXPIRED = re.compile(r"timed? ?out", re.IGNORECASE)
 _GONE = re.compile(r"connection (closed|reset)|pair closure|broken pipe", re.IGNORECASE)
 
 
+def join(deadline_s: float) -> None:
+    """``start`` under a launcher, before anything else: the first to talk to other ranks may not be the learner."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        start(deadline_s)
+
+
 def start(deadline_s: float = _DEADLINE_S) -> Any:
     """Join (or found) the process group and return the imported ``deepspeed`` module. Idempotent.
 

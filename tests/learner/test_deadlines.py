@@ -8,6 +8,8 @@ import pytest
 
 from agentopd.config import load_run_config
 from agentopd.errors import ConfigError
+from agentopd.learner import runtime
+from agentopd.runs import Run
 from tests.scaleout.conftest import ROOT
 from tests.scaleout.test_launchers import environment, free_port
 
@@ -52,6 +54,23 @@ def ranks(program):
         process.stdin.write("go\n")
         process.stdin.flush()
     return both
+
+
+def test_the_runs_deadline_holds_from_the_first_word_between_ranks(tmp_path, monkeypatch):
+    """Engines that ranks share talk before the learner is there."""
+
+    class Begun(Exception):
+        pass
+
+    def start(deadline_s: float) -> None:
+        raise Begun(deadline_s)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runtime, "start", start)
+    monkeypatch.setattr("agentopd.runs.build_policy", lambda *given: pytest.fail("the policy came first"))
+    with pytest.raises(Begun, match="5000"):
+        Run.start(load_run_config(QUICKSTART, ["learner.collective_timeout_s=5000", f"run_dir={tmp_path / 'run'}"]))
 
 
 @pytest.mark.slow
