@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from agentopd.config import PRESETS, RunConfig, load_run_config
 from agentopd.config.comparison import ArmConfig, ComparisonConfig
@@ -16,6 +17,8 @@ from agentopd.errors import ConfigError
 from agentopd.models import model_hash
 
 START = "start"
+_DECIDES_NOTHING: dict[str, Any] = {"run_dir": True, "tracking": True, "learner": {"collective_timeout_s"}}
+"""Keys of a run that its figures do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Plan:
 
         What is not set is left out: a later version's new options do not make the results of this one another's.
         """
-        config = run.config.model_dump(mode="json", exclude={"run_dir", "tracking"}, exclude_none=True)
+        config = run.config.model_dump(mode="json", exclude=_DECIDES_NOTHING, exclude_none=True)
         if self.start is not None and run is not self.start:
             config["model"]["student"] = self.fingerprint(self.start)
         else:

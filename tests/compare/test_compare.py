@@ -354,6 +354,21 @@ def test_an_option_of_a_later_version_leaves_the_record_valid_until_it_is_set(tm
     assert plan.fingerprint(unset) == plan.fingerprint(run) != plan.fingerprint(used)
 
 
+def test_how_long_ranks_wait_leaves_the_record_valid(tmp_path):
+    plan = make_plan(comparison(tmp_path))
+    run = plan.runs[0]
+    learner = run.config.learner.model_copy(update={"collective_timeout_s": 60.0})
+    patient = replace(run, config=run.config.model_copy(update={"learner": learner}))
+    assert plan.fingerprint(patient) == plan.fingerprint(run)
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_every_figure_of_the_study_is_of_its_config_as_it_is(study):
+    """A change of defaults, or a new option, would orphan the runs of many hours."""
+    plan = make_plan(study)
+    assert plan.record.is_file() and left_out(plan) == []
+
+
 def test_the_record_is_brought_up_to_date_after_every_run(tmp_path, monkeypatch):
     """So that a machine that goes away takes the runs under way with it, not those that had ended."""
 
