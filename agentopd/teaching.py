@@ -105,7 +105,7 @@ def build_teachers(
     teacher's vocabulary does not fit the objective's alignment.
     """
     stages = list(config.objective.every_stage())
-    teachers = Teachers(routes=_routes(config, stages))
+    teachers = Teachers(routes=routes(config, stages))
     faculty = _Faculty(config, stages, policy, skills, root)
     for key in sorted(set(teachers.routes.values())):
         faculty.add(teachers, key)
@@ -132,14 +132,15 @@ def build_teachers(
 def served_needs(config: RunConfig, key: str, tokenizer: Any) -> Needs:
     """What the stages of the objective read of the served teacher ``key``: nothing of one that teaches no skill."""
     stages = list(config.objective.every_stage())
-    taught = key in _routes(config, stages).values()
+    taught = key in routes(config, stages).values()
     top_k, student_top_k = (
         max(sizes) if taught else 0 for sizes in zip(*((x.top_k, x.student_top_k) for x in stages), strict=True)
     )
     return Needs(vocabulary_hash(tokenizer), len(tokenizer), top_k, student_top_k)
 
 
-def _routes(config: RunConfig, stages: Sequence[Blocks]) -> dict[str, str]:
+def routes(config: RunConfig, stages: Sequence[Blocks]) -> dict[str, str]:
+    """The key of the teacher of every skill that is trained or replayed; none where no stage asks a teacher."""
     if all(blocks.teacher_access == "none" for blocks in stages):
         return {}
     trained = [skill for skill in config.suite.skills if skill.role == "new" or config.replay.share > 0]

@@ -24,7 +24,7 @@ from agentopd.models import available_bytes, load_model, load_tokenizer, vocabul
 from agentopd.rendering import HermesJSON, OpenAI, Pythonic, Qwen3XML
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.server import Identity, TeacherServer
-from tests.tiny import qwen3
+from tests.tiny import qwen3, served_run
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs/quickstart.toml"
@@ -95,13 +95,8 @@ class Faulty:
 def test_a_teacher_whose_evidence_cannot_be_trusted_is_refused(tmp_path, fault, told):
     identity = Identity("weights", vocabulary_hash(load_tokenizer("micro/student")))
     server = TeacherServer(Faulty(fault), identity)
-    config = tmp_path / "served.toml"
-    config.write_text(
-        f'[objective]\npreset = "opd"\n[teachers.default]\nkind = "served"\nbase_url = "{server.base_url}"\n'
-        '[[suite.skills]]\nname = "store"\nenv = "tool_use"\n'
-    )
     try:
-        (found,) = served_teachers(load_run_config(config))
+        (found,) = served_teachers(served_run(tmp_path, "opd", server.base_url))
     finally:
         server.close()
     assert found.level == ("fail" if fault not in ("none", "bare") else "ok"), found

@@ -1,6 +1,7 @@
 """A tiny random Qwen3, a byte-level tokenizer with a chat template, and episodes of random ids."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agentopd.batching import build_batch
+from agentopd.config import RunConfig, load_run_config
 from agentopd.config.objective import ObjectiveConfig
 from agentopd.config.presets import PRESETS
 from agentopd.contracts import Evidence, ScoredEpisode
@@ -84,3 +86,13 @@ def opd_batch(rows: int, length: int, vocab_size: int, top_k: int = 64) -> tuple
         verdict = Verdict(outcome=1.0, status=VerdictStatus.OK, reward=1.0)
         scored.append(ScoredEpisode(played, verdict, evidence))
     return objective, build_batch(scored, objective, {"a": 1.0}, token_classifier(()), 0)
+
+
+def served_run(folder: Path, preset: str, base_url: str) -> RunConfig:
+    """A run whose one teacher is served at ``base_url``."""
+    file = folder / "served.toml"
+    file.write_text(
+        f'[objective]\npreset = "{preset}"\n[teachers.default]\nkind = "served"\nbase_url = "{base_url}"\n'
+        '[[suite.skills]]\nname = "store"\nenv = "tool_use"\n'
+    )
+    return load_run_config(file)

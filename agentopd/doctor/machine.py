@@ -23,6 +23,7 @@ from agentopd.doctor.diagnosis import Diagnosis, Student, fit, gib, local_teache
 from agentopd.evaluate import heldout_tasks
 from agentopd.learner.head import chunk_size_of
 from agentopd.models import available_bytes, load_shape
+from agentopd.teaching import RETENTION_TEACHER, routes
 
 _ALL_OF_AN_EPISODE = 2
 """Tokens of an episode for each that may be sampled: its prompt and what tools say take as many again."""
@@ -66,16 +67,14 @@ def _learner(config: RunConfig, student: Student) -> tuple[float, float]:
 def _held(config: RunConfig) -> dict[str, int]:
     """Weights of the models beside the student that are held here: teachers, their bases, the frozen start."""
     stages = list(config.objective.every_stage())
-    taught = any(blocks.teacher_access != "none" for blocks in stages)
-    trained = [skill for skill in config.suite.skills if skill.role == "new" or config.replay.share > 0]
-    routes = {config.teacher_of(skill) or {"new": "default", "old": ""}[skill.role] for skill in trained}
-    chosen = {name: teacher for name, teacher in local_teachers(config).items() if taught and name in routes}
+    asked = set(routes(config, stages).values())
+    chosen = {name: teacher for name, teacher in local_teachers(config).items() if name in asked}
     held = {name: weight_bytes(teacher.model, teacher.dtype) for name, teacher in chosen.items()}
     referring = [blocks.reference.policy for blocks in stages if blocks.needs_reference]
     if "teacher_base" in referring:
         bases = {name: teacher for name, teacher in chosen.items() if teacher.base is not None}
         held |= {f"{name}/base": weight_bytes(teacher.base or "", teacher.dtype) for name, teacher in bases.items()}
-    if config.eval.measures_kl or (taught and "" in routes) or any(policy != "teacher_base" for policy in referring):
+    if config.eval.measures_kl or RETENTION_TEACHER in asked or any(policy != "teacher_base" for policy in referring):
         held["start"] = weight_bytes(config.model.student, config.model.dtype)
     return held
 

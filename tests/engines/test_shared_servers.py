@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import multiprocessing
 import os
-import socket
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import pairwise
@@ -20,6 +18,7 @@ from agentopd.engines.server_process import ServerProcess
 from agentopd.models import load_model
 from tests.engines import rank_worker
 from tests.engines.token_server import sampled
+from tests.ranks import play
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("ranks")]
@@ -57,19 +56,7 @@ def job(tmp_path: Path) -> Job:
     """Two ranks play a scenario; what each left."""
 
     def run(scenario: str, ranks: int = 2, **options: Any) -> list[dict[str, Any]]:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["agentopd.learner.deepspeed", "agentopd.train", "deepspeed"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        words = (ranks, port, tmp_path, scenario, options)
-        processes = [context.Process(target=rank_worker.run, args=(i, *words)) for i in range(ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(200)
-            process.kill()
+        play(rank_worker.run, ranks, tmp_path, scenario, options, limit_s=200)
         left = [tmp_path / f"rank-{i}.json" for i in range(ranks)]
         assert all(file.is_file() for file in left), "a rank ended, or waits, before it was done"
         return [json.loads(file.read_text()) for file in left]

@@ -1,9 +1,6 @@
 """Ranks on parts of a batch end where one rank on the whole batch does, by every preset and whatever ZeRO splits."""
 
 import json
-import multiprocessing
-import os
-import socket
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from torch.testing import assert_close
 from agentopd.config.presets import PRESETS
 from tests.learner import worker
 from tests.learner.worker import Case
+from tests.ranks import play
 
 EVERY = [Case(path.stem) for path in sorted(worker.RECIPES.glob("*.toml"))]
 SPLIT = [Case("verifier_calibrated", stage) for stage in (1, 2, 3)]
@@ -23,20 +21,8 @@ JOBS = {1: [*EVERY, *SPLIT], 2: [*EVERY, *SPLIT], 4: SPLIT}
 
 
 def run(out: Path, ranks: int) -> Path:
-    """Processes of one server that has imported everything: starting one costs little."""
     out.mkdir()
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["agentopd.learner.deepspeed", "agentopd.train", "deepspeed"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=worker.run, args=(i, ranks, port, out, JOBS[ranks])) for i in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(600)
-        process.kill()
+    play(worker.run, ranks, out, JOBS[ranks], limit_s=600)
     return out
 
 

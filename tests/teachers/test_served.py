@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentopd.config import RunConfig, load_run_config
+from agentopd.config import RunConfig
 from agentopd.config.teachers import ServedTeacherConfig
 from agentopd.contracts import CandidateTeacher, Evidence, FloatArray, IntArray, Teacher
 from agentopd.doctor import Diagnosis, diagnose
@@ -24,7 +24,7 @@ from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.served import Needs, ServedTeacher
 from agentopd.teachers.server import Identity, TeacherServer
 from agentopd.types import Episode
-from tests.tiny import episode, qwen3
+from tests.tiny import episode, qwen3, served_run
 
 VOCAB = 64
 
@@ -161,13 +161,8 @@ def test_doctor_tells_whether_a_served_teacher_can_score_the_students_candidates
     identity = Identity("weights", vocabulary_hash(load_tokenizer("micro/student")))
     model = LocalTeacher("toy", qwen3(512).requires_grad_(False))
     server = TeacherServer(model if scores_ids else SampledOnly(), identity)
-    config = tmp_path / "served.toml"
-    config.write_text(
-        f'[objective]\npreset = "{preset}"\n[teachers.default]\nkind = "served"\nbase_url = "{server.base_url}"\n'
-        '[[suite.skills]]\nname = "store"\nenv = "tool_use"\n'
-    )
     try:
-        (found,) = served_or_failed(load_run_config(config))
+        (found,) = served_or_failed(served_run(tmp_path, preset, server.base_url))
     finally:
         server.close()
     assert found.level == ("ok" if scores_ids else "fail")

@@ -22,15 +22,14 @@ from agentopd.runs import Run
 from agentopd.teaching import build_teachers
 from agentopd.tracking import Provenance, RunDirectory, read_jsonl
 from agentopd.train import train
+from benchmarks.faults import OF_THE_MACHINE
 
 pytestmark = pytest.mark.slow
-
-UNTIMED = ("time/", "memory/")
 
 
 def metrics(path: Path) -> list[dict]:
     rows = read_jsonl(path / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith(UNTIMED)} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(OF_THE_MACHINE)} for row in rows]
 
 
 def run(config_path: Path, overrides: list[str]) -> Path:
