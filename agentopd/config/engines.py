@@ -23,9 +23,9 @@ class VLLMConfig(Section):
     """Memory for keys and values. On a GPU shared with the learner it is freed while the learner works."""
     enforce_eager: bool | None = None
     """Run without compiled graphs; None does so on a CPU, where compiling takes longer than it saves."""
-    sync: Literal["auto", "disk", "ipc"] = "auto"
-    """How new weights reach vLLM: through files, or through shared GPU memory; ``auto``: the latter for an engine on
-    the learner's GPU."""
+    sync: Literal["auto", "disk", "ipc", "nccl"] = "auto"
+    """How new weights reach vLLM: through files, through shared GPU memory (for an engine on the learner's GPU, and
+    there ``auto``), or from the learner's GPU to those of servers by NCCL."""
     canary_bound: float | None = Field(None, gt=0)
     """Stop the run where vLLM's and the learner's log-probs of fixed prompts differ by more than this on average after
     a weight sync; None is 0.05 in bfloat16 and 1e-4 in float32."""

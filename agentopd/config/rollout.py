@@ -41,6 +41,8 @@ class RolloutConfig(Section):
             raise ValueError(f"vLLM samples at temperatures up to 2, and temperature is {self.temperature:g}")
         if self.engine == "vllm_servers":
             self._servers_suffice()
+        elif self.vllm.sync == "nccl":
+            raise ValueError(f"vllm.sync 'nccl' is for engine 'vllm_servers', and engine is {self.engine!r}: use 'ipc'")
         return self
 
     def _servers_suffice(self) -> None:
@@ -52,6 +54,8 @@ class RolloutConfig(Section):
             if getattr(self.vllm, key) != getattr(default, key):
                 raise ValueError(f"vllm.{key} has no effect on servers that were started elsewhere: leave it out")
         if self.vllm.sync == "ipc":
-            raise ValueError("vllm.sync 'ipc' shares the learner's GPU, and servers have their own: use 'disk'")
+            raise ValueError(
+                "vllm.sync 'ipc' shares the learner's GPU, and servers have their own: use 'disk' or 'nccl'"
+            )
         if servers.gpus and not servers.started:
             raise ValueError("servers.gpus are for servers that are started here, and replicas is 0: leave them out")

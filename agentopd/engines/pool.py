@@ -12,10 +12,9 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from agentopd.config.engines import ServersConfig
 from agentopd.contracts import GenerationRequest
@@ -23,6 +22,7 @@ from agentopd.engines.background import Gate
 from agentopd.engines.http import Away
 from agentopd.engines.server_process import ServerProcess
 from agentopd.engines.token_client import Sampled, TokenClient
+from agentopd.engines.weight_folder import Weights
 from agentopd.errors import EngineError, boundary
 
 _LOG = logging.getLogger(__name__)
@@ -58,14 +58,6 @@ class Replica:
         if self.client is None:
             raise Away("it has not been started")
         return self.client
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A folder of weights, and the label of those who have them."""
-
-    path: Path
-    version: str
 
 
 Check = Callable[[Replica], Awaitable[None]]
@@ -136,6 +128,32 @@ class Pool:
         """End ``hold``."""
         await self._loads.open()
 
+    async def claim(self, weights: Weights, replicas: Sequence[Replica]) -> list[Replica]:
+        """Label ``replicas`` as being brought the ``weights`` past the folder, under ``hold``; those who could be."""
+        await self._each(replicas, lambda x: x.reach().name(self._claim(weights), self._load_s))
+        return [replica for replica in replicas if replica.is_up]
+
+    async def settle(self, weights: Weights, replicas: Sequence[Replica], lost: Mapping[str, str]) -> list[Replica]:
+        """Label ``replicas`` as having the ``weights``; the ``lost`` and who fails leave, and the rest are returned."""
+
+        async def one(replica: Replica) -> None:
+            if replica.name in lost:
+                raise Away(lost[replica.name])
+            await replica.reach().settle(weights.version, self._load_s)
+
+        await self._each(replicas, one)
+        return [replica for replica in replicas if replica.is_up]
+
+    async def _each(self, replicas: Sequence[Replica], ask: Callable[[Replica], Awaitable[None]]) -> None:
+        async def one(replica: Replica) -> None:
+            life = replica.life
+            try:
+                await ask(replica)
+            except Away as exc:
+                self.blame(replica, life, str(exc))
+
+        await asyncio.gather(*map(one, replicas))
+
     async def load(self, weights: Weights, replicas: Sequence[Replica]) -> None:
         """Give ``replicas`` that are up the ``weights``, which other ranks give to the rest; ends ``hold``.
 
@@ -144,7 +162,7 @@ class Pool:
         self._weights = weights
         self._homes.clear()
         await self.release()
-        await asyncio.gather(*(self._reload(replica) for replica in replicas if replica.is_up))
+        await self._each([x for x in replicas if x.is_up], lambda replica: self._load(replica, weights))
         await self.some_up()
 
     @property
@@ -172,16 +190,12 @@ class Pool:
         processes = [replica.process for replica in self.replicas if replica.process is not None]
         await asyncio.gather(*(asyncio.to_thread(process.stop) for process in processes))
 
-    async def _reload(self, replica: Replica) -> None:
-        life = replica.life
-        assert self._weights is not None
-        try:
-            await self._load(replica, self._weights)
-        except Away as exc:
-            self.blame(replica, life, str(exc))
-
     async def _load(self, replica: Replica, weights: Weights) -> None:
-        await replica.reach().load(weights.path, weights.version, self._load_s, f"{_bringing(weights)}{self._name}")
+        await weights.at_hand(self._load_s)
+        await replica.reach().load(weights.path, weights.version, self._load_s, self._claim(weights))
+
+    def _claim(self, weights: Weights) -> str:
+        return f"{_bringing(weights)}{self._name}"
 
     async def _bring_weights(self, replica: Replica) -> Weights:
         """The weights that it has now. Raises ``Away`` while another rank brings them."""
@@ -275,6 +289,7 @@ class Pool:
     async def _restart(self, replica: Replica, process: ServerProcess) -> None:
         assert self._weights is not None
         process.kill()
+        await self._weights.at_hand(self._load_s)
         replica.client = TokenClient(process.start(self._weights.path))
         try:
             async with asyncio.timeout(self._load_s):

@@ -69,6 +69,10 @@ class TokenClient:
         await self.name(meanwhile, timeout_s)
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
         await self._ask("POST", "/collective_rpc", reload, timeout_s)
+        await self.settle(version, timeout_s)
+
+    async def settle(self, version: str, timeout_s: float) -> None:
+        """Forget what the server cached under other weights than those it was given, and label these."""
         try:
             async with asyncio.timeout(timeout_s):
                 # What is still at work, if only on requests that were just aborted, holds the cache.
@@ -83,6 +87,14 @@ class TokenClient:
     async def name(self, version: str, timeout_s: float) -> None:
         """Change the label of its weights, and nothing else."""
         await self._ask("POST", "/update_weight_version", {"new_version": version}, timeout_s)
+
+    async def workers(self) -> int:
+        """The processes that hold its weights."""
+        return int((await self._ask("GET", "/get_world_size", None, _PROBE_S))["world_size"])
+
+    async def transfer(self, phase: str, question: Any, timeout_s: float) -> None:
+        """One phase of vLLM's own weight transfer."""
+        await self._ask("POST", f"/{phase}", question, timeout_s)
 
     async def _ask(self, method: str, path: str, question: Any, timeout_s: float) -> Any:
         try:

@@ -1,7 +1,8 @@
 """vLLM in servers of its own, token ids over HTTP: some that are started here, some that run elsewhere, or both.
 
-Weights reach them through a folder that they can read. What they sample is checked like every engine's, by a canary
-after every sync; ``pool`` looks after servers that die, hang, or come back with other weights.
+Weights reach them through a folder that they can read, or from GPU to GPU (``broadcast``), with the folder for those
+who come back. What they sample is checked like every engine's, by a canary after every sync; ``pool`` looks after
+servers that die, hang, or come back with other weights.
 
 Servers that run elsewhere are shared by the ranks of a launched job: the first rank writes the weights once, gives them
 to every server and asks the canary, and all ranks sample. Ranks meet between turns only, on the thread of their caller.
@@ -10,15 +11,11 @@ to every server and asks the canary, and all ranks sample. Ranks meet between tu
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import shutil
 import socket
-import tempfile
-import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,13 +23,15 @@ import torch
 from agentopd.config.engines import ServersConfig, VLLMConfig
 from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines.background import BackgroundLoop, Gate
+from agentopd.engines.broadcast import SERVER_ARGS, Broadcast, OpenTrainer, WeightStream
 from agentopd.engines.canary import Canary
 from agentopd.engines.http import Address, Away
-from agentopd.engines.pool import Pool, Replica, Weights
+from agentopd.engines.pool import Pool, Replica
 from agentopd.engines.requests import check_fits, context_limit
 from agentopd.engines.server_process import ServerProcess
 from agentopd.engines.token_client import Sampled, TokenClient
 from agentopd.engines.vllm_process import KEYS, blaming_the_cache, environment, flags, require_vllm, sampler_args
+from agentopd.engines.weight_folder import WeightFolder, Weights
 from agentopd.engines.weight_sync import Checkpoint
 from agentopd.errors import ConfigError, EngineError, boundary
 from agentopd.learner import runtime
@@ -40,8 +39,6 @@ from agentopd.weights import full_weights
 
 T = TypeVar("T")
 _MODULE = "vllm.entrypoints.openai.api_server"
-_KEPT = 2
-"""Folders of weights: the newest, and the one that a server may still be reading."""
 
 
 class VLLMServersEngine:
@@ -50,22 +47,32 @@ class VLLMServersEngine:
     In a launched job every rank has those of its own that it starts, and shares those of ``servers.urls``: every rank
     must then make one, and call ``sync_weights``. Raises ``ConfigError`` where vLLM is needed and not installed, or the
     config does not fit the job, and ``EngineError`` for what fails later, on every rank alike. ``module`` is run to
-    start a server.
+    start a server, and ``open_trainer`` replaces vLLM's sender of weights.
     """
 
     lockstep = False
 
-    def __init__(self, model: Any, vllm: VLLMConfig, servers: ServersConfig, module: str = _MODULE) -> None:
-        if module == _MODULE and servers.started:
+    def __init__(
+        self,
+        model: Any,
+        vllm: VLLMConfig,
+        servers: ServersConfig,
+        module: str = _MODULE,
+        open_trainer: OpenTrainer | None = None,
+    ) -> None:
+        if vllm.sync == "nccl" and open_trainer is None and model.device.type != "cuda":
+            raise ConfigError(
+                f"rollout.vllm.sync = 'nccl' sends from GPU to GPU, and the student is on {model.device}: use 'disk'"
+            )
+        if (module == _MODULE and servers.started) or (vllm.sync == "nccl" and open_trainer is None):
             require_vllm()
         self.max_context = context_limit(model.config, vllm.max_context)
         self.weight_version = 0
         self._vocab_size: int = model.config.vocab_size
         self._model = model
         self._vllm, self._servers = vllm, servers
-        self._label, self._writes = uuid.uuid4().hex[:8], 0
         self._canary = Canary(model, self.max_context, vllm.canary_bound)
-        self._checkpoints: deque[Checkpoint] = deque()
+        self._open_trainer = open_trainer
         self._turns = Gate()
         self._shared = self._is_shared()
         with ExitStack() as started, boundary(EngineError, "starting vLLM's servers"):
@@ -75,6 +82,9 @@ class VLLMServersEngine:
             with blaming_the_cache(model.config, args, KEYS) if servers.started else nullcontext():
                 self._together(lambda: self._wait(self._pool.start(weights, self._mine)))
             self._together(lambda: self._wait(self._join(weights)))
+            if self._broadcast is not None:
+                started.callback(self._broadcast.leave)
+                self._together(self._meet)
             self._check()
             self._started = started.pop_all()
 
@@ -96,12 +106,15 @@ class VLLMServersEngine:
         """Give every server the learner's weights, and ask the canary on each. Every rank must call it.
 
         Turns under way end first, on all ranks, and others wait. Returns ``sync/canary``, the largest of the servers'
-        mean differences in nats, and ``sync/replicas``, how many this rank can ask. Raises ``EngineError`` above its
-        bound, and for what failed on another rank.
+        mean differences in nats, ``sync/replicas``, how many this rank can ask, and of ``nccl`` ``sync/sent``, how many
+        servers took the weights by it. Raises ``EngineError`` above its bound, and for what failed on another rank.
         """
         with boundary(EngineError, f"bringing vLLM's servers to weight version {version}"), self._between_turns():
             self.weight_version = version
             self._canary.forget()
+            if self._broadcast is not None:
+                sent = self._send(self._broadcast)
+                return {"sync/sent": float(sent), **self._check()}
             weights = self._write()
             self._together(lambda: self._wait(self._pool.load(weights, self._mine)))
             return self._check()
@@ -124,14 +137,20 @@ class VLLMServersEngine:
 
     def _prepare(self, started: ExitStack, module: str) -> None:
         """What needs no other rank: a folder, a loop, and a pool whose servers are not asked yet."""
-        self._folder = self._make_folder(started)
+        self._folder = WeightFolder(self._model, self._servers.folder if self._is_first else None)
+        started.callback(self._folder.remove)
         self._loop = BackgroundLoop("vllm-servers")
         started.callback(self._loop.close)
         here, elsewhere = self._replicas(module)
         self._mine = [*here, *elsewhere] if self._is_first else here
         """Those to which this rank brings the weights of a sync, and that it asks the canary of."""
+        self._broadcast = self._make_broadcast() if self._vllm.sync == "nccl" else None
         self._pool = Pool([*here, *elsewhere], self._servers, self._vllm.timeout_s, self._check_again)
         started.callback(lambda: self._wait(self._pool.close()))
+
+    def _make_broadcast(self) -> Broadcast:
+        stream = WeightStream(self._model, keeps=self._is_first)
+        return Broadcast(stream, self._loop, self._vllm.timeout_s, self._open_trainer)
 
     def _is_shared(self) -> bool:
         """Whether there are other ranks that sample from the same servers."""
@@ -174,15 +193,6 @@ class VLLMServersEngine:
                 raise EngineError(f"rank {rank} failed: {why}")
         return [part for part, _ in said]
 
-    def _make_folder(self, started: ExitStack) -> Path:
-        parent = self._servers.folder if self._is_first else None
-        if parent is not None:
-            Path(parent).mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="agentopd-servers-", dir=parent))
-        folder.chmod(0o755)
-        started.callback(shutil.rmtree, folder, ignore_errors=True)
-        return folder
-
     def _replicas(self, module: str) -> tuple[list[Replica], list[Replica]]:
         """Servers that this rank starts, and those that run elsewhere."""
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -209,35 +219,65 @@ class VLLMServersEngine:
             variables["CUDA_VISIBLE_DEVICES"] = str(self._servers.gpus[place])
         args = {
             **sampler_args(self._vllm, self._model.dtype, self.max_context),
+            **(SERVER_ARGS if self._vllm.sync == "nccl" else {}),
             "hf_overrides": Checkpoint.overrides,
             "enable_scale_out": True,
             "disable_uvicorn_access_log": True,
             "served_model_name": "student",
         }
-        return ServerProcess(module, flags(args), variables, self._folder / f"server-{number}.log")
+        return ServerProcess(module, flags(args), variables, self._folder.path / f"server-{number}.log")
 
     def _write(self) -> Weights:
         """The current weights on disk, as this rank or the first one wrote them."""
-        weights = self._together(self._written)[self._first]
+
+        def work() -> Weights | None:
+            if not self._is_first:
+                self._read_along()
+                return None
+            weights = self._folder.next(self.weight_version)
+            self._folder.write(weights)
+            return weights
+
+        return self._of_the_first(self._together(work))
+
+    def _meet(self) -> None:
+        """Make a group with this rank's servers, so that one which takes no part is found at once."""
+        assert self._broadcast is not None
+        try:
+            self._broadcast.join(self._mine)
+        except (Away, EngineError) as exc:
+            how = f"--weight-transfer-config '{json.dumps(SERVER_ARGS['weight_transfer_config'])}'"
+            raise EngineError(
+                f"{exc}; rollout.vllm.sync is 'nccl': start servers of your own with {how}, or use 'disk'"
+            ) from None
+
+    def _of_the_first(self, made: list[Weights | None]) -> Weights:
+        weights = made[self._first]
         assert weights is not None
         return weights
 
     @torch.no_grad()
-    def _written(self) -> Weights | None:
-        """Leave the current weights in a folder of their own: a server may still be reading the ones before."""
-        if not self._is_first:
-            for _ in full_weights(self._model):
-                pass  # under ZeRO-3 the first rank needs this one's part of each
-            return None
-        self._writes += 1
-        path = self._folder / f"weights-{self.weight_version:06d}-{self._writes}"
-        self._checkpoints.append(Checkpoint(self._model, path))
-        for file in path.iterdir():
-            file.chmod(0o644)  # servers may run as another user
-        while len(self._checkpoints) > _KEPT:
-            self._checkpoints.popleft().remove()
-        # The version alone would not do: after a roll-back it has other weights.
-        return Weights(path, f"{self._label}:{self.weight_version}/{self._writes}")
+    def _read_along(self) -> None:
+        for _ in full_weights(self._model):
+            pass  # under ZeRO-3 the first rank needs this one's part of each
+
+    def _send(self, broadcast: Broadcast) -> int:
+        """Give this rank's servers the weights from GPU to GPU, and the rest a folder; how many took them."""
+        first = self._together(lambda: self._folder.next(self.weight_version) if self._is_first else None)
+        weights = self._of_the_first(first)
+        sent: list[Replica] = []
+
+        def work() -> None:
+            up = [replica for replica in self._mine if replica.is_up]
+            claimed = self._wait(self._pool.claim(weights, up))
+            lost = broadcast.send(claimed)
+            if self._is_first:
+                self._folder.write_behind(weights, broadcast.stream.take_kept())
+            sent[:] = self._wait(self._pool.settle(weights, claimed, lost))
+
+        self._together(work)
+        self._together(lambda: self._wait(self._pool.load(weights, ())))
+        return len(sent)
 
     @contextmanager
     def _between_turns(self) -> Iterator[None]:

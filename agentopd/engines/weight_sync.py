@@ -22,6 +22,17 @@ from safetensors.torch import save_file
 from agentopd.engines.vllm_process import BlockingLLM
 from agentopd.weights import full_shapes, full_weights
 
+HEAD = "lm_head.weight"
+"""What vLLM calls the weights of an output head that is no embedding's."""
+
+
+def tied_head(model: Any) -> str | None:
+    """The name of the parameter that is also the output head, where they are tied."""
+    if not model.config.tie_word_embeddings:
+        return None
+    head = model.get_output_embeddings().weight
+    return next(str(name) for name, weight in model.named_parameters() if weight is head)
+
 
 class WeightSync(Protocol):
     """Carries the weights of one model to one engine."""
@@ -55,10 +66,8 @@ class Checkpoint:
         # First of all, so that no fault of a disk keeps the other ranks waiting, and on no GPU, which need not hold it.
         weights = {name: weight.cpu() for name, weight in full_weights(self._model)}
         self.path.mkdir(exist_ok=True)
-        if self._model.config.tie_word_embeddings:
-            head = self._model.get_output_embeddings().weight
-            shared = next(name for name, weight in self._model.named_parameters() if weight is head)
-            save_file({"lm_head.weight": weights[shared].contiguous()}, self.path / "lm_head.safetensors")
+        if shared := tied_head(self._model):
+            save_file({HEAD: weights[shared].contiguous()}, self.path / "lm_head.safetensors")
         with redirect_stderr(io.StringIO()):  # a progress bar per shard
             # One shard: vLLM ignores files that an index does not name, and the head is one.
             self._model.save_pretrained(str(self.path), state_dict=weights, max_shard_size="1000TB")

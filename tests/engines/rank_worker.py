@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from agentopd.errors import EngineError
 from agentopd.learner import runtime
 from agentopd.learner.deepspeed import DeepSpeedLearner
 from agentopd.models import load_model
+from tests.engines.socket_trainer import SocketTrainer
 from tests.engines.token_server import read
 from tests.tiny import qwen3
 
@@ -41,6 +42,7 @@ class Rank:
     out: Path
     stage: int = 0
     bound: float | None = LARGE
+    sync: Literal["disk", "nccl"] = "disk"
     student: str = ""
     """A model's name; a tiny random one if there is none."""
     model: Any = field(init=False)
@@ -50,9 +52,12 @@ class Rank:
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         self.model = load_model(self.student, "float32") if self.student else qwen3(400, max_position_embeddings=128)
-        vllm = VLLMConfig(canary_bound=self.bound, timeout_s=60.0)
+        vllm = VLLMConfig(canary_bound=self.bound, timeout_s=60.0, sync=self.sync)
         servers = ServersConfig(urls=self.urls, folder=str(self.out / "weights"), turn_timeout_s=60, outage_s=60)
-        self.engine = VLLMServersEngine(self.model, vllm, servers)  # before the learner, as in a run
+        trainer = SocketTrainer if self.sync == "nccl" else None
+        self.engine = VLLMServersEngine(
+            self.model, vllm, servers, open_trainer=trainer
+        )  # before the learner, as in a run
         config = LearnerConfig(zero_stage=self.stage)
         self.learner = DeepSpeedLearner(self.model, config, ObjectiveConfig(preset="vanilla"), 9)
 
@@ -79,7 +84,9 @@ class Rank:
         params = SamplingParams(max_tokens=COUNT)
         asked = [GenerationRequest((7,), params, first + i, f"{i}") for i in range(EPISODES)]
         made = asyncio.run(self.engine.generate(asked))
-        folders = sorted((self.out / "weights").glob("agentopd-servers-*/weights-*"), key=lambda x: x.name)
+        folders: list[Path] = []
+        while not folders or not folders[-1].name.startswith(f"weights-{self.engine.weight_version:06d}"):
+            folders = sorted((self.out / "weights").glob("agentopd-servers-*/weights-*"), key=lambda x: x.name)
         self.seen.append(
             {
                 "tokens": [x.token_ids for x in made],

@@ -88,6 +88,14 @@ def test_ranks_share_servers_and_one_writes_the_weights_once_a_sync(servers, job
     assert kept[0] == ["weights-000000-1"] and kept[-1] == ["weights-000002-3", "weights-000003-4"]
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_ranks_share_servers_and_one_sends_the_weights(servers, job, stage):
+    urls = servers(2)
+    ranks = job("updates", urls=urls, stage=stage, sync="nccl")
+    all_sampled(ranks, [0, 1, 2, 3])
+    assert [(found["loads"], found["sent"]) for found in map(state, urls)] == [(1, 3)] * 2
+
+
 def test_a_server_that_comes_back_is_brought_up_to_date_by_who_meets_it(servers, job):
     ranks = job("a_server_restarts", urls=servers(3))
     all_sampled(ranks, [1, 3])

@@ -1,16 +1,19 @@
 """A server with vLLM's token-in-token-out endpoints that samples by arithmetic: what it says depends on the weights it
-was given, the prompt and the seed alone. Prompts that begin with one of the ids below make it misbehave."""
+was given, the prompt and the seed alone. Prompts that begin with one of the ids below make it misbehave, and so does an
+update of its weights that says so."""
 
 import argparse
 import hashlib
 import json
 import os
+import socket
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 SLOW, DEADLY, HANGING = 1, 2, 3
-STATE = {"weights": "", "version": "default", "aborted": 0, "asked": 0, "loads": 0}
+STATE = {"weights": "", "version": "default", "aborted": 0, "asked": 0, "loads": 0, "sent": 0, "port": ""}
+GROUP = {}
 
 
 def sampled(weights: str, token_ids: list[int], seed: int, count: int) -> list[int]:
@@ -25,13 +28,70 @@ def read(folder: Path) -> str:
     return hashlib.blake2b(b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))).hexdigest()
 
 
+def init(question):
+    if "no_transfer" in os.environ:
+        return 500, {"error": "Weight transfer not configured"}
+    info = question["init_info"]
+    GROUP["socket"] = socket.create_connection((info["master_address"], info["master_port"]))
+    GROUP["socket"].sendall(info["rank_offset"].to_bytes(4))
+    return 200, {}
+
+
+def start(question):
+    if GROUP.setdefault("active", False):
+        return 500, {"error": "start_weight_update called while a weight update is already active"}
+    GROUP["active"] = True
+    return 200, {}
+
+
+def update(question):
+    fault = question["update_info"]["faults"].get(STATE["port"])
+    if fault == "dies":
+        os._exit(9)
+    if fault == "refuses":
+        return 500, {"error": "out of memory"}
+    with GROUP["socket"].makefile("rb") as stream:
+        raw = stream.read(int.from_bytes(stream.read(8)))
+    STATE["weights"] = hashlib.blake2b(raw).hexdigest()
+    STATE["sent"] += 1
+    return 200, {}
+
+
+def finish(question):
+    if not GROUP.pop("active", False):
+        return 500, {"error": "finish_weight_update called without an update"}
+    return 200, {}
+
+
+def shutdown(question):
+    GROUP.pop("socket").close()
+    return 200, {}
+
+
+TRANSFER = {
+    "init_weight_transfer_engine": init,
+    "start_weight_update": start,
+    "update_weights": update,
+    "finish_weight_update": finish,
+    "shutdown_weight_transfer_engine": shutdown,
+}
+"""The phases of vLLM's weight transfer; the tensors come over a socket, as the bytes of a file of safetensors."""
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         version = {"weight_version": STATE["version"]}
+        size = {"world_size": 2}
         models = {"data": [{"max_model_len": 512}]}
-        answers = {"/health": None, "/v1/models": models, "/weight_info": version, "/state": STATE}
+        answers = {
+            "/health": None,
+            "/v1/models": models,
+            "/weight_info": version,
+            "/state": STATE,
+            "/get_world_size": size,
+        }
         self.reply(*((200, answers[self.path]) if self.path in answers else (404, None)))
 
     def do_POST(self) -> None:
@@ -45,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/update_weight_version":
             STATE["version"] = question["new_version"]
             self.reply(200, {"success": True})
+        elif self.path.strip("/") in TRANSFER:
+            self.reply(*TRANSFER[self.path.strip("/")](question or {}))
         elif self.path == "/inference/v1/generate":
             self.reply(*self.generate(question["token_ids"], question["sampling_params"]))
         else:
@@ -89,5 +151,5 @@ if __name__ == "__main__":
     options, _ = parser.parse_known_args()
     if (options.model / "broken").exists():
         raise SystemExit("RuntimeError: these weights cannot be loaded")
-    STATE["weights"] = read(options.model)
+    STATE["weights"], STATE["port"] = read(options.model), str(options.port)
     ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
