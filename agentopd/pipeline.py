@@ -1,5 +1,7 @@
 """Rollouts ahead of the update: while one batch is scored and trained on, the next ones are sampled.
 
+Those who score on other machines are asked about a batch as soon as it is sampled, too.
+
 The prompts of a batch are drawn when the step ``train.max_staleness`` before its own begins, so that all ranks draw the
 same; its episodes are sampled after those of the batch before it. So a token is at most so many updates old when it is
 trained on. With 0 nothing is ahead, which is the synchronous loop.
@@ -9,15 +11,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from agentopd.collect import collect, collect_beside
+from agentopd.contracts import Evidence
 from agentopd.evaluate import Judged
 from agentopd.learner import runtime
 from agentopd.mixture import Drawn
 from agentopd.runs import Run
+from agentopd.scoring import gather_evidence
 from agentopd.stats import Clock
 from agentopd.types import Task
 
@@ -38,6 +42,8 @@ class Collected:
     beside: list[Judged]
     """Those that the anchor alone reads."""
     clock: Clock
+    evidence: Sequence[Evidence | None] = ()
+    """What is known already of ``own`` and ``others``, in this order."""
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -51,6 +57,8 @@ class Rollouts:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._ahead: deque[asyncio.Task[Collected]] = deque()
+        self._sampled: asyncio.Task[Collected] | None = None
+        """The newest batch, once it is sampled."""
 
     async def take(self) -> Collected:
         """The batch of the step that is due; those that may be are begun."""
@@ -70,7 +78,7 @@ class Rollouts:
     def _begin(self, step: int) -> asyncio.Task[Collected]:
         run = replace(self._run, step=step)
         prompts = run.mixture.ahead(len(self._ahead), run.config.train.prompts_per_step)
-        before = self._ahead[-1] if self._ahead else None
+        before = self._sampled
 
         async def sampled() -> Collected:
             if before is not None:
@@ -81,13 +89,31 @@ class Rollouts:
                 beside = await collect_beside(run, mine, own)
             return Collected(prompts.drawn, prompts.shares, own, others, beside, clock)
 
-        return asyncio.create_task(sampled())
+        async def scored(sampling: asyncio.Task[Collected]) -> Collected:
+            try:
+                return await _scored_elsewhere(run, await sampling)
+            finally:
+                sampling.cancel()
+
+        self._sampled = asyncio.create_task(sampled())
+        return asyncio.create_task(scored(self._sampled))
 
     async def aclose(self) -> None:
         """Give up what was begun."""
         for task in self._ahead:
             task.cancel()
         await asyncio.gather(*self._ahead, return_exceptions=True)
+
+
+async def _scored_elsewhere(run: Run, collected: Collected) -> Collected:
+    """With what teachers on other machines say of the student's and others' tokens."""
+    blocks, far = run.blocks, run.teachers.elsewhere()
+    if not run.config.train.max_staleness or not far.routes or not (blocks.needs_teacher or blocks.top_k):
+        return collected
+    episodes = [episode for episode, _ in (*collected.own, *collected.others)]
+    with collected.clock.phase("teacher"):
+        evidence = await gather_evidence(episodes, far, blocks.top_k, collected.tasks)
+    return replace(collected, evidence=evidence)
 
 
 async def apart(run: Run, work: Coroutine[Any, Any, T]) -> T:

@@ -60,15 +60,19 @@ class Teaching(Protocol):
 
 
 async def gather_evidence(
-    episodes: Sequence[Episode], teaching: Teaching, top_k: int, tasks: Mapping[str, Task]
+    episodes: Sequence[Episode],
+    teaching: Teaching,
+    top_k: int,
+    tasks: Mapping[str, Task],
+    known: Sequence[Evidence | None] = (),
 ) -> list[Evidence | None]:
-    """Evidence for each episode from the teacher its skill is routed to.
+    """Evidence for each episode from the teacher its skill is routed to, but for those of which it is ``known``.
 
     Skills without a route, episodes without a sampled token, and those an environment fault ended, get None. A teacher
     with a view scores what the view shows; it needs the episode's task in ``tasks`` (task hash to task). Raises
     ``TeacherError`` for a route to a teacher that is not there.
     """
-    results: list[Evidence | None] = [None] * len(episodes)
+    results = list(known) or [None] * len(episodes)
 
     async def ask(key: str, indices: list[int]) -> None:
         mine, view = [episodes[i] for i in indices], teaching.views.get(key)
@@ -81,7 +85,8 @@ async def gather_evidence(
             results[index] = answer
 
     by_teacher = _routed(episodes, teaching.routes, teaching.by_key)
-    await asyncio.gather(*(ask(key, indices) for key, indices in sorted(by_teacher.items())))
+    unknown = {key: [i for i in indices if results[i] is None] for key, indices in sorted(by_teacher.items())}
+    await asyncio.gather(*(ask(key, indices) for key, indices in unknown.items() if indices))
     return results
 
 

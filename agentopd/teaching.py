@@ -82,6 +82,11 @@ class Teachers:
                 found[key] = head._replace(student_ids=ids)
         return found
 
+    def elsewhere(self) -> Teachers:
+        """Those that score on other machines, which may do so whatever this one is at."""
+        far = {key for key, teacher in self.by_key.items() if isinstance(teacher, ServedTeacher)}
+        return replace(self, routes={skill: key for skill, key in self.routes.items() if key in far})
+
     def _scorers(self) -> list[Teacher]:
         start = [self.start] if self.start is not None else []
         return [*self.by_key.values(), *self.references.values(), *start]

@@ -132,7 +132,7 @@ async def train_step(run: Run, collected: Collected) -> Seen:
         run.policy.engine.sleep()
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)
-        scored = await apart(run, score(run, rewarded, tasks))
+        scored = await apart(run, score(run, rewarded, tasks, collected.evidence))
         anchors = await apart(run, score(run, collected.beside, tasks, anchor=True))
     shown = [replace(item, verdict=verdict) for item, (_, verdict) in zip(scored, judged, strict=True)]
     with clock.phase("learner"):
@@ -163,14 +163,18 @@ async def update(run: Run, batch: Batch, clock: Clock) -> dict[str, float]:
 
 
 async def score(
-    run: Run, judged: Sequence[Judged], tasks: Mapping[str, Task], anchor: bool = False
+    run: Run,
+    judged: Sequence[Judged],
+    tasks: Mapping[str, Task],
+    known: Sequence[Evidence | None] = (),
+    anchor: bool = False,
 ) -> list[ScoredEpisode]:
     """The teacher's (and the reference's) evidence on the episodes' own tokens; an anchor reads a top-K or nothing."""
     episodes, verdicts = [episode for episode, _ in judged], [verdict for _, verdict in judged]
     blocks, teachers = run.blocks, run.teachers
     evidence: list[Evidence | None] = [None] * len(episodes)
     if blocks.top_k if anchor else blocks.needs_teacher or blocks.top_k:
-        evidence = await gather_evidence(episodes, teachers, blocks.top_k, tasks)
+        evidence = await gather_evidence(episodes, teachers, blocks.top_k, tasks, known)
     if blocks.student_top_k and not anchor:
         candidates = top_ids(run.policy.model, episodes, blocks.student_top_k)
         evidence = await add_candidates(episodes, evidence, candidates, teachers, tasks)

@@ -63,18 +63,24 @@ class Constant:
         return [Evidence(self.name, np.full(e.num_sampled, self.value, np.float32)) for e in episodes]
 
 
-def gathered(*skills, **routes):
+def gathered(*skills, known=(), **routes):
     teachers = SimpleNamespace(
         routes=routes, by_key={"sums": Constant("sums", -1.0), "tools": Constant("tools", -2.0)}, views={}
     )
     episodes = [episode(seed).model_copy(update={"skill": skill}) for seed, skill in enumerate(skills)]
-    return asyncio.run(gather_evidence(episodes, teachers, 0, {}))
+    return asyncio.run(gather_evidence(episodes, teachers, 0, {}, known))
 
 
 def test_every_skill_is_scored_by_the_teacher_it_is_routed_to():
     found = gathered("b", "a", "c", "b", a="sums", b="tools")
     assert [None if x is None else x.teacher for x in found] == ["tools", "sums", None, "tools"]
     assert found[0].teacher_logprobs.tolist() == [-2.0] * 7
+
+
+def test_what_is_known_is_not_asked_again():
+    known = [None, Evidence("before", np.zeros(7, np.float32)), None]
+    found = gathered("a", "a", "c", known=known, a="sums")
+    assert [None if x is None else x.teacher for x in found] == ["sums", "before", None]
 
 
 def test_a_route_to_nobody_is_an_error_that_names_who_there_is():

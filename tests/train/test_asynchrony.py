@@ -2,6 +2,8 @@
 
 import asyncio
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,17 @@ import pytest
 
 from agentopd.config import load_run_config
 from agentopd.console import make_console
+from agentopd.contracts import Evidence
 from agentopd.engines.background import Gate
+from agentopd.models import load_model, load_tokenizer, vocabulary_hash
 from agentopd.pipeline import Rollouts
 from agentopd.runs import Run
+from agentopd.teachers.local import LocalTeacher
+from agentopd.teachers.served import ServedTeacher
+from agentopd.teachers.server import Identity, TeacherServer
 from agentopd.tracking import RunDirectory, read_jsonl
-from agentopd.train import train, train_step
+from agentopd.train import train, train_step, update
+from agentopd.types import Episode
 from benchmarks.faults import OF_THE_MACHINE
 
 TINY = ("train.prompts_per_step=3", "eval.tasks_per_skill=1", "eval.start_kl=false")
@@ -63,6 +71,41 @@ def test_rollouts_overlap_and_are_no_staler_than_allowed(quickstart, small):
         for turn in item.episode.turns
     }
     assert all(0 <= step - 1 - version <= 2 for step, version in versions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_teacher_elsewhere_scores_what_is_sampled_while_the_learner_works(quickstart, small, monkeypatch, ahead):
+    student = load_model("micro/student", "float32").requires_grad_(False)
+    identity = Identity("weights", vocabulary_hash(load_tokenizer("micro/student")))
+    updates: list[tuple[int, float, float]] = []
+    asked: list[tuple[set[int], float]] = []
+    score = ServedTeacher.score
+
+    async def watched(teacher: ServedTeacher, episodes: Sequence[Episode], top_k: int) -> list[Evidence]:
+        asked.append(({int(episode.id.split("/")[0]) for episode in episodes}, time.monotonic()))
+        return await score(teacher, episodes, top_k)
+
+    async def noted(run: Run, *rest: Any) -> dict[str, float]:
+        step, began = run.step, time.monotonic()
+        await asyncio.to_thread(time.sleep, 1.0)  # an update of a student that is no toy
+        found = await update(run, *rest)
+        updates.append((step, began, time.monotonic()))
+        return found
+
+    monkeypatch.setattr("agentopd.train.update", noted)
+    monkeypatch.setattr(ServedTeacher, "score", watched)
+    server = TeacherServer(LocalTeacher("far", student), identity)
+    far = f'teachers.default={{kind = "served", base_url = "{server.base_url}"}}'
+    overrides = small("train.steps=4", f"train.max_staleness={ahead}", far, 'objective.anchor={kind = "none"}', *TINY)
+    try:
+        run = Run.start(load_run_config(quickstart, overrides))
+        asyncio.run(train(run, make_console(plain=True)))
+    finally:
+        server.close()
+    beside = [(step, steps) for step, *when in updates for steps, at in asked if when[0] < at < when[1]]
+    assert bool(beside) == bool(ahead) and all(min(steps) > step for step, steps in beside)
+    assert [steps for steps, _ in asked] == [{0}, {1}, {2}, {3}]  # each once, ahead or not
 
 
 @pytest.mark.slow
