@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ class BlockingLLM:
     llm: Any
     loop: BackgroundLoop
     timeout_s: float
+    scratch: tempfile.TemporaryDirectory[str] | None = None
+    """Where vLLM's processes leave their sockets and locks."""
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a coroutine method. Raises ``TimeoutError`` past the deadline."""
@@ -57,6 +60,8 @@ class BlockingLLM:
             self.loop.wait(_cancelled(reader), 2 * _GRACE_S)  # it would log the end of the process as a failure
         self.llm.shutdown()
         self.loop.close()
+        if self.scratch is not None:
+            self.scratch.cleanup()
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
@@ -116,16 +121,23 @@ def _kv_bytes_per_token(config: Any, dtype: str) -> int:
 
 def start(args: dict[str, Any], timeout_s: float, device: torch.device | None = None) -> BlockingLLM:
     """Start vLLM on a GPU, None for this process's own, and wait until it is ready. Whatever vLLM raises passes."""
-    loop = BackgroundLoop("vllm")
+    loop, scratch = BackgroundLoop("vllm"), scratch_folder()
     try:
-        return BlockingLLM(loop.wait(_started(args, timeout_s, device), timeout_s), loop, timeout_s)
+        llm = loop.wait(_started(args, timeout_s, device, scratch.name), timeout_s)
+        return BlockingLLM(llm, loop, timeout_s, scratch)
     except BaseException:
         loop.close()
+        scratch.cleanup()
         raise
 
 
-async def _started(args: dict[str, Any], timeout_s: float, device: torch.device | None) -> Any:
-    with _environment(timeout_s, device), warnings.catch_warnings():
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """For what vLLM would leave in the machine's temporary folder; under a short path, as sockets need it."""
+    return tempfile.TemporaryDirectory(prefix="agentopd-vllm-", ignore_cleanup_errors=True)
+
+
+async def _started(args: dict[str, Any], timeout_s: float, device: torch.device | None, scratch: str) -> Any:
+    with _environment(timeout_s, device, scratch), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of vLLM's own imports
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -134,10 +146,10 @@ async def _started(args: dict[str, Any], timeout_s: float, device: torch.device 
 
 
 @contextmanager
-def _environment(timeout_s: float, device: torch.device | None = None) -> Iterator[None]:
+def _environment(timeout_s: float, device: torch.device | None, scratch: str) -> Iterator[None]:
     """What vLLM's process inherits. Ours is put back: vLLM preloads libraries, which sandboxes must not inherit."""
     before = dict(os.environ)
-    wanted = environment(timeout_s)
+    wanted = environment(timeout_s, scratch)
     if torch.cuda.is_available():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         # Not the thread's current device: that of the loop's own thread is the first, whatever the caller's.
@@ -156,11 +168,12 @@ def _environment(timeout_s: float, device: torch.device | None = None) -> Iterat
         os.environ.update(before)
 
 
-def environment(timeout_s: float) -> dict[str, str]:
-    """The environment variables of a process in which vLLM starts within ``timeout_s``."""
+def environment(timeout_s: float, scratch: str) -> dict[str, str]:
+    """The environment variables of a process in which vLLM starts within ``timeout_s``, to leave all in ``scratch``."""
     mine = {name: value for name, value in os.environ.items() if name not in _LEARNERS}
     mine.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     mine.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    mine |= {"TMPDIR": scratch, "VLLM_RPC_BASE_PATH": scratch}
     mine["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(timeout_s))
     # Lets the "uni" executor stand on a CPU, where vLLM would put a process of its own in its place.
     mine["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

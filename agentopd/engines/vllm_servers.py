@@ -30,7 +30,15 @@ from agentopd.engines.pool import Pool, Replica
 from agentopd.engines.requests import check_fits, context_limit
 from agentopd.engines.server_process import ServerProcess
 from agentopd.engines.token_client import Sampled, TokenClient
-from agentopd.engines.vllm_process import KEYS, blaming_the_cache, environment, flags, require_vllm, sampler_args
+from agentopd.engines.vllm_process import (
+    KEYS,
+    blaming_the_cache,
+    environment,
+    flags,
+    require_vllm,
+    sampler_args,
+    scratch_folder,
+)
 from agentopd.engines.weight_folder import WeightFolder, Weights
 from agentopd.engines.weight_sync import Checkpoint
 from agentopd.errors import ConfigError, EngineError, boundary
@@ -139,6 +147,7 @@ class VLLMServersEngine:
         """What needs no other rank: a folder, a loop, and a pool whose servers are not asked yet."""
         self._folder = WeightFolder(self._model, self._servers.folder if self._is_first else None)
         started.callback(self._folder.remove)
+        self._scratch = started.enter_context(scratch_folder())
         self._loop = BackgroundLoop("vllm-servers")
         started.callback(self._loop.close)
         here, elsewhere = self._replicas(module)
@@ -210,7 +219,7 @@ class VLLMServersEngine:
         return here, elsewhere
 
     def _process(self, module: str, number: int, place: int) -> ServerProcess:
-        variables = environment(self._vllm.timeout_s) | {
+        variables = environment(self._vllm.timeout_s, self._scratch) | {
             # Without them a server takes no weights, and vLLM forks, which the launcher does not follow.
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

@@ -1,7 +1,9 @@
 """vLLM's ``nccl`` weight transfer between the learner and real servers on a CPU, with sockets in the place of NCCL."""
 
 import os
+import re
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -27,6 +29,8 @@ pytestmark = [
 
 WIRE = str(Path(__file__).parent / "cpu_wire")
 BOUND = 1e-4
+MARKS = re.compile(r"\.lock$|^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$|vllm|agentopd")
+"""Of what vLLM and we leave in a temporary folder."""
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +53,12 @@ def engine(policy: Any) -> Iterator[VLLMServersEngine]:
         cpu_wire.install()
         vllm = VLLMConfig(max_context=768, timeout_s=2000, max_num_seqs=32, kv_cache_gb=0.25, sync="nccl")
         servers = ServersConfig(replicas=2, turn_timeout_s=120)
+        before = set(os.listdir(tempfile.gettempdir()))
         made = VLLMServersEngine(policy.model, vllm, servers, open_trainer=partial(nccl_trainer, packed=False))
         yield made
         made.close()
+        left = set(os.listdir(tempfile.gettempdir())) - before
+        assert not [name for name in left if MARKS.search(name)]
 
 
 def test_weights_reach_servers_by_the_transfer_and_the_canary_agrees(policy, engine):

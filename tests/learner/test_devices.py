@@ -45,7 +45,7 @@ def test_a_rank_takes_its_device_before_anything_is_loaded(rank_three, monkeypat
 def test_vllm_sees_the_gpu_of_its_rank_alone(rank_three, monkeypatch, visible, seen, device):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with vllm_process._environment(60.0, device):
+    with vllm_process._environment(60.0, device, "scratch"):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen and "LOCAL_RANK" not in os.environ
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
