@@ -132,7 +132,7 @@ async def train_step(run: Run, collected: Collected) -> Seen:
         run.policy.engine.sleep()
     with clock.phase("teacher"):
         rewarded = await reward(run, judged, tasks)
-        scored = await apart(run, score(run, rewarded, tasks, collected.evidence))
+        scored = await apart(run, score(run, rewarded, tasks, known=collected.evidence))
         anchors = await apart(run, score(run, collected.beside, tasks, anchor=True))
     shown = [replace(item, verdict=verdict) for item, (_, verdict) in zip(scored, judged, strict=True)]
     with clock.phase("learner"):
@@ -166,6 +166,7 @@ async def score(
     run: Run,
     judged: Sequence[Judged],
     tasks: Mapping[str, Task],
+    *,
     known: Sequence[Evidence | None] = (),
     anchor: bool = False,
 ) -> list[ScoredEpisode]:

@@ -99,7 +99,7 @@ class Classroom:
         run = SimpleNamespace(
             blocks=blocks, teachers=self.teachers, policy=SimpleNamespace(model=self.start), old_skills=frozenset()
         )
-        return asyncio.run(score(run, judged, {task.hash: task for task in tasks}, anchor))
+        return asyncio.run(score(run, judged, {task.hash: task for task in tasks}, anchor=anchor))
 
     def _judged(self, tasks: list[Task], rng: np.random.Generator) -> Iterator[tuple[Episode, Verdict]]:
         """Of every group one passes and one fails; some verdicts are missing, some have certificates."""
