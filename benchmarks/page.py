@@ -82,6 +82,12 @@ FIGURES = (
     Figure("learner_step", "vs_eager", "the speed of `eager`, by our attention"),
     Figure("packing", "time_vs_padded", "the time of padded rows", at_most=0.5, spread="speedup_vs_padded"),
     Figure("packing", "time_vs_buckets", "the time of rows in length buckets", spread="speedup_vs_buckets"),
+    Figure(
+        "packing",
+        "unshared_time_vs_padded",
+        "the time of padded rows, where rows share no beginnings",
+        spread="unshared_speedup_vs_padded",
+    ),
     Figure("rollout", "vs_raw_vllm", "raw vLLM's tokens a CPU second", at_least=0.9),
     Figure("rollout", "vs_raw_vllm_wall", "raw vLLM's tokens a second by the clock"),
     Figure("rollout", "vs_hf_generate", "`generate`'s tokens a CPU second, in process"),
