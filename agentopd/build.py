@@ -243,7 +243,7 @@ def build_engine(model: Any, config: RolloutConfig, ray: RayConfig | None = None
     if ray is not None and ray.rollout_workers:
         return RayEngine(model, config, ray)
     if config.engine == "vllm":
-        return VLLMEngine(model, config.vllm)
+        return VLLMEngine(model, config.vllm, config.cut_turns)
     if config.engine == "vllm_servers":
-        return VLLMServersEngine(model, config.vllm, config.servers)
-    return HFEngine(model, batch_size=config.batch_size, turn_cache_mb=config.turn_cache_mb)
+        return VLLMServersEngine(model, config.vllm, config.servers, cut_turns=config.cut_turns)
+    return HFEngine(model, config.batch_size, turn_cache_mb=config.turn_cache_mb, cut_turns=config.cut_turns)

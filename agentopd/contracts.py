@@ -233,6 +233,8 @@ class GenerationRequest:
     seed: int
     session: str = ""
     """Names the episode, so that an engine may keep what it computed for the turns before; empty: keep nothing."""
+    drawn: int = 0
+    """Tokens at the end of ``token_ids`` that ``seed`` has given already, where a weight update cut the turn."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,9 @@ class Generation:
     finish_reason: str
     """``stop`` or ``length``."""
     weight_version: int = 0
+    """Of the weights that sampled its first token."""
+    updates: tuple[tuple[int, int], ...] = ()
+    """See ``Turn``."""
 
 
 @runtime_checkable

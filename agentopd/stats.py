@@ -97,7 +97,8 @@ def cost_metrics(scored: Sequence[ScoredEpisode]) -> dict[str, float]:
 
 def staleness_metrics(judged: Sequence[tuple[Episode, Verdict]], step: int) -> dict[str, float]:
     """How many updates older than the weights of ``step`` those were that sampled a token: mean and most, all ranks."""
-    ages = [(step - turn.weight_version, len(turn.token_ids)) for episode, _ in judged for turn in episode.turns]
+    turns = [turn for episode, _ in judged for turn in episode.turns]
+    ages = [(step - version, size) for turn in turns for version, size in turn.weight_spans]
     every = [pair for part in runtime.gather_objects(ages) for pair in part]
     tokens = sum(size for _, size in every)
     mean = sum(age * size for age, size in every) / tokens if tokens else 0.0

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from enum import StrEnum
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -188,6 +189,9 @@ class Turn(Record):
     results: tuple[Message, ...] = ()
     finish_reason: Literal["stop", "length"] = "stop"
     weight_version: int = 0
+    """Of the weights that sampled its first token."""
+    updates: tuple[tuple[int, int], ...] = ()
+    """(token, version), where weights changed amid the turn: from this token on it was sampled from this version's."""
 
     @model_validator(mode="after")
     def _aligned(self) -> Turn:
@@ -198,7 +202,17 @@ class Turn(Record):
         calls = len(self.tool_calls) + len(self.malformed)
         if self.call_spans and len(self.call_spans) != calls:
             raise ValueError(f"{calls} calls but {len(self.call_spans)} call_spans")
+        firsts = [0, *(first for first, _ in self.updates), len(self.token_ids)]
+        if self.updates and any(a >= b for a, b in pairwise(firsts)):
+            raise ValueError(f"updates {self.updates} do not divide {len(self.token_ids)} token_ids")
         return self
+
+    @property
+    def weight_spans(self) -> list[tuple[int, int]]:
+        """(version, tokens) of each stretch that was sampled from the same weights, in order."""
+        starts = [(0, self.weight_version), *self.updates]
+        ends = [*(first for first, _ in self.updates), len(self.token_ids)]
+        return [(version, end - first) for (first, version), end in zip(starts, ends, strict=True)]
 
     def token_span(self, start: int, end: int) -> tuple[int, int] | None:
         """Tokens [first, last) whose text begins inside characters [start, end); None if there are none, or unknown."""

@@ -122,6 +122,13 @@ def test_stale_samples_need_a_correction_and_a_student_that_samples(config_file)
     assert "source is 'gold'" in refusal(config_file, stale, "objective.preset=sft")
 
 
+def test_turns_are_cut_only_where_an_update_can_meet_one(config_file):
+    cut, stale = "rollout.cut_turns=true", "train.max_staleness=1"
+    assert load_run_config(config_file, [cut, stale]).rollout.cut_turns
+    assert "set train.max_staleness" in refusal(config_file, cut)
+    assert "no effect on ray.rollout_workers" in refusal(config_file, cut, stale, "ray.rollout_workers=2")
+
+
 def test_split_weights_cannot_be_asked_for_candidates(config_file):
     split = ("learner.zero_stage=3", "rollout.engine=vllm")
     assert load_run_config(config_file, split).learner.zero_stage == 3

@@ -26,6 +26,8 @@ class RolloutConfig(Section):
     turn_cache_mb: int = Field(1024, ge=0)
     """Memory for keys and values kept between the turns of an episode; 0 prefills the whole prompt every
     turn. Of ``hf`` alone."""
+    cut_turns: bool = False
+    """A weight update cuts the turns under way, which go on from the new weights; otherwise it waits for their ends."""
     codec: str = "hermes_json"
     max_malformed: int = Field(3, ge=1)
     """Malformed tool calls that end an episode."""

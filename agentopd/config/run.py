@@ -15,6 +15,7 @@ from agentopd.config.patience import check_patience
 from agentopd.config.retention import GuardConfig, ReplayConfig, StageConfig
 from agentopd.config.rollout import RolloutConfig
 from agentopd.config.scaleout import RayConfig
+from agentopd.config.staleness import check_staleness
 from agentopd.config.suite import SkillConfig, SuiteConfig
 from agentopd.config.teachers import AnyTeacherConfig, JudgeConfig, ServedTeacherConfig, TeacherConfig
 
@@ -191,21 +192,9 @@ class RunConfig(Section):
             raise ValueError(lacking if self.judge is None else idle)
         self._views_have_effect()
         self._split_weights_suffice()
-        self._staleness_is_corrected()
+        check_staleness(self)
         check_patience(self)
         return self
-
-    def _staleness_is_corrected(self) -> None:
-        for blocks in self.objective.every_stage() if self.train.max_staleness else ():
-            if blocks.source.kind in ("gold", "teacher", "offline"):
-                raise ValueError(
-                    f"train.max_staleness is about the student's samples; source is {blocks.source.kind!r}"
-                )
-            if blocks.stabiliser.tis_cap is None and blocks.stabiliser.rejection is None:
-                raise ValueError(
-                    "train.max_staleness trains on samples of older weights, which nothing corrects: set "
-                    "objective.stabiliser.tis_cap, or max_staleness = 0"
-                )
 
     def _split_weights_suffice(self) -> None:
         """With ZeRO-3 a rank cannot use the student alone: all ranks must ask for a layer's weights at once."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _GRACE_S = 5.0
 """Tasks that are cancelled at the end have this long to clean up."""
+_HURRY_S = 0.2
+"""Pause between calls of ``hurry``: what was about to begin is met by the next."""
 
 
 class BackgroundLoop:
@@ -66,9 +69,14 @@ class Gate:
         if not self._inside:
             self._empty.set()
 
-    async def close(self) -> None:
-        """Let nothing more through, and wait for what is inside."""
+    async def close(self, hurry: Callable[[], Awaitable[object]] | None = None) -> None:
+        """Let nothing more through, and wait for what is inside; ``hurry`` is called until nothing is."""
         self._open.clear()
+        while hurry is not None and self._inside:
+            await hurry()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_HURRY_S):
+                    await self._empty.wait()
         await self._empty.wait()
 
     async def open(self) -> None:

@@ -15,7 +15,7 @@ import asyncio
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import chain, groupby
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from agentopd.attention import ATTENTION
 from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines.cache import TurnCache, caching, empty_cache, joined, read_row
+from agentopd.engines.pieces import CUT, Pieces
 from agentopd.engines.requests import check_finite, check_fits, context_limit
 from agentopd.engines.sampling import UniformStreams, sample
 from agentopd.errors import EngineError, boundary
@@ -41,21 +42,30 @@ class HFEngine:
 
     ``model`` is a Hugging Face causal language model; ``batch_size`` rows are decoded at once, sorted by
     length; ``turn_cache_mb`` bounds the memory for keys and values kept between turns (0: every turn prefills its whole
-    prompt). Calls run in one worker thread, one at a time, and never while the weights are ``updating``.
+    prompt). Calls run in one worker thread, one at a time, and never while the weights are ``updating``, which waits
+    for the call under way, or with ``cut_turns`` for one token of it.
     Raises ``EngineError`` for requests that do not fit ``max_context`` and for non-finite log-probs.
     """
 
     lockstep = True
 
     def __init__(
-        self, model: Any, batch_size: int = 256, max_context: int | None = None, turn_cache_mb: int = 1024
+        self,
+        model: Any,
+        batch_size: int = 256,
+        max_context: int | None = None,
+        turn_cache_mb: int = 1024,
+        cut_turns: bool = False,
     ) -> None:
         self.model = model
         self.batch_size = batch_size
         self.max_context = context_limit(model.config, max_context)
         self.weight_version = 0
         self.turns = TurnCache(turn_cache_mb * 2**20)
+        self._cuts = cut_turns
         self._weights = threading.Lock()
+        self._no_update = threading.Event()
+        self._no_update.set()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-engine")
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
@@ -66,16 +76,25 @@ class HFEngine:
         """``generate`` for callers without an event loop."""
         for request in requests:
             check_fits(request, self.max_context)
-        results: list[Generation | None] = [None] * len(requests)
-        with self._weights, boundary(EngineError, "generating"), _decoding(self.model):
-            for rows in self._chunks(requests):
-                for row, generation in zip(rows, self._decode([requests[row] for row in rows]), strict=True):
-                    results[row] = generation
-        return [result for result in results if result is not None]
+        turns = [Pieces(request) for request in requests]
+        while waiting := [turn for turn in turns if not turn.is_whole]:
+            self._no_update.wait()  # a lock goes to anybody, and the one who cut this has asked first
+            with self._weights, boundary(EngineError, "generating"), _decoding(self.model):
+                rest = [turn.rest for turn in waiting]
+                for rows in self._chunks(rest):
+                    for row, piece in zip(rows, self._decode([rest[row] for row in rows]), strict=True):
+                        waiting[row].add(piece)
+        return [turn.generation() for turn in turns]
 
-    def updating(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def updating(self) -> Iterator[None]:
         """The weights are the learner's own: no turn is sampled while they change."""
-        return self._weights
+        self._no_update.clear()
+        try:
+            with self._weights:
+                yield
+        finally:
+            self._no_update.set()
 
     def sync_weights(self, version: int) -> dict[str, float]:
         """Nothing to copy; from here on generations carry ``version``, and nothing computed before it is used."""
@@ -105,10 +124,15 @@ class HFEngine:
                 yield rows[start : start + self.batch_size]
 
     def _decode(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        if self._is_cut():
+            return [Generation((), (), CUT) for _ in requests]
         batch = _Batch(self.model, requests, self.turns)
-        while batch.alive:
+        while batch.alive and not self._is_cut():
             batch.step()
         return batch.results(self.weight_version)
+
+    def _is_cut(self) -> bool:
+        return self._cuts and not self._no_update.is_set()
 
 
 class _Batch:
@@ -122,13 +146,13 @@ class _Batch:
         self.device = next(model.parameters()).device
         self.sampled: list[list[int]] = [[] for _ in requests]
         self.logprobs: list[list[float]] = [[] for _ in requests]
-        self.stopped = [False] * len(requests)
+        self.reasons: list[str] = [CUT] * len(requests)
         self.room = [request.params.max_tokens for request in requests]
         self.rows = list(range(len(requests)))
         """Which request each row of the batch belongs to; finished rows stay until the batch is compacted."""
         self.done = [False] * len(requests)
         self.alive = len(requests)
-        self.uniforms = UniformStreams([request.seed for request in requests])
+        self.uniforms = UniformStreams([x.seed for x in requests], [x.drawn for x in requests])
         self.stop_ids = frozenset(self.params.stop_ids)
         prompts = [tuple(request.token_ids) for request in requests]
         self.next_B = self._tensor([prompt[-1] for prompt in prompts])
@@ -159,8 +183,8 @@ class _Batch:
         self._keep(range(len(self.rows)))
         check_finite(chain.from_iterable(self.logprobs))
         return [
-            Generation(tuple(ids), tuple(logprobs), "stop" if stopped else "length", weight_version)
-            for ids, logprobs, stopped in zip(self.sampled, self.logprobs, self.stopped, strict=True)
+            Generation(tuple(ids), tuple(logprobs), reason, weight_version)
+            for ids, logprobs, reason in zip(self.sampled, self.logprobs, self.reasons, strict=True)
         ]
 
     def _prefilled(self, prompts: Sequence[tuple[int, ...]]) -> Cache:
@@ -223,7 +247,7 @@ class _Batch:
             self.logprobs[request].append(logprobs[row])
             stopped = tokens[row] in self.stop_ids
             if stopped or len(self.sampled[request]) == self.room[request]:
-                self.stopped[request] = stopped
+                self.reasons[request] = "stop" if stopped else "length"
                 self.done[row] = True
                 self.alive -= 1
 
@@ -233,7 +257,7 @@ class _Batch:
             index = self.rows[row]
             request, sampled = self.requests[index], self.sampled[index]
             # A turn that was cut off ends its episode; the last token sampled was never fed.
-            if not (self.packs and request.session and self.stopped[index] and self.turns.max_bytes):
+            if not (self.packs and request.session and self.reasons[index] == "stop" and self.turns.max_bytes):
                 continue
             spans = ((0, len(request.token_ids) - 1), (self.prefill_end, self.prefill_end + len(sampled)))
             tokens = (*request.token_ids, *sampled[:-1])

@@ -20,6 +20,7 @@ from agentopd.config.engines import ServersConfig
 from agentopd.contracts import GenerationRequest
 from agentopd.engines.background import Gate
 from agentopd.engines.http import Away
+from agentopd.engines.pieces import CUT
 from agentopd.engines.server_process import ServerProcess
 from agentopd.engines.token_client import Sampled, TokenClient
 from agentopd.engines.weight_folder import Weights
@@ -42,6 +43,8 @@ class Replica:
     process: ServerProcess | None = None
     turns: int = 0
     """Requests it works on."""
+    under_way: set[str] = field(default_factory=set)
+    """What they are called."""
     life: int = 0
     """How often it came up."""
     is_up: bool = False
@@ -67,14 +70,18 @@ class Pool:
     """Keeps ``replicas`` up and gives out requests. Of one event loop, whose thread must live as long as the servers.
 
     ``check`` is asked about a replica that came back with the current weights, and raises ``EngineError`` where it does
-    not sample from them. ``load_s`` is the deadline of a start, and of taking up weights.
+    not sample from them. ``load_s`` is the deadline of a start, and of taking up weights. With ``cuts`` a request may
+    end where ``cut`` met it; otherwise such an end is a fault.
     """
 
-    def __init__(self, replicas: Sequence[Replica], config: ServersConfig, load_s: float, check: Check) -> None:
+    def __init__(
+        self, replicas: Sequence[Replica], config: ServersConfig, load_s: float, check: Check, cuts: bool = False
+    ) -> None:
         self.replicas = replicas
         self._config = config
         self._load_s = load_s
         self._check = check
+        self._cuts = cuts
         self._weights: Weights | None = None
         self._name = uuid.uuid4().hex[:8]
         self._loads = Gate()
@@ -115,10 +122,26 @@ class Pool:
 
         Raises ``Away`` where it fails, or has other weights than the pool's.
         """
-        made = await replica.reach().sample(request, timeout_s or self._config.turn_timeout_s)
+        name = uuid.uuid4().hex
+        replica.under_way.add(name)
+        try:
+            made = await replica.reach().sample(request, name, timeout_s or self._config.turn_timeout_s)
+        finally:
+            replica.under_way.remove(name)
+        if made.finish_reason == CUT and not self._cuts:
+            raise Away("it ended a request that nobody cut")
         if self._weights is not None and made.versions - {self._weights.version}:
             raise Away(f"it sampled from other weights ({', '.join(sorted(made.versions))})")
         return made
+
+    async def cut(self) -> None:
+        """End the requests under way where they are. Who cannot be told ends them all the same."""
+
+        async def one(replica: Replica) -> None:
+            with suppress(Away):
+                await replica.reach().cut(replica.under_way)
+
+        await asyncio.gather(*map(one, self.up))
 
     async def hold(self) -> None:
         """Bring nobody the weights that are about to be old, and wait for who is being brought them."""

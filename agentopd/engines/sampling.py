@@ -15,10 +15,15 @@ _BLOCK = 64
 
 
 class UniformStreams:
-    """One counter-based stream of uniforms per request seed (Philox): draw t of a seed is the same in any batch."""
+    """One counter-based stream of uniforms per request seed (Philox): draw t of a seed is the same in any batch.
 
-    def __init__(self, seeds: Sequence[int]) -> None:
+    ``drawn`` are the draws of each seed that are left out at its beginning, none by default.
+    """
+
+    def __init__(self, seeds: Sequence[int], drawn: Sequence[int] = ()) -> None:
         self._streams = [np.random.Generator(np.random.Philox(key=seed % 2**64)) for seed in seeds]
+        for stream, count in zip(self._streams, drawn, strict=False):
+            stream.random(count, dtype=np.float32)
         self._block = np.empty((len(seeds), 0), dtype=np.float32)
         self._next = 0
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentopd.contracts import GenerationRequest
 from agentopd.engines.http import Address, Away, Refused, ask_json
+from agentopd.engines.pieces import CUT
 from agentopd.engines.requests import check_finite
 from agentopd.engines.vllm_process import sampling_args
 from agentopd.errors import EngineError
@@ -56,10 +58,16 @@ class TokenClient:
         """The label of its weights: what ``load`` gave it last, or what it was started with."""
         return str((await self._ask("GET", "/weight_info", None, _PROBE_S))["weight_version"])
 
-    async def sample(self, request: GenerationRequest, timeout_s: float) -> Sampled:
-        """One continuation; cancelling aborts it in the server."""
-        question = {"token_ids": list(request.token_ids), "sampling_params": sampling_args(request)}
+    async def sample(self, request: GenerationRequest, name: str, timeout_s: float) -> Sampled:
+        """One continuation, called ``name``; cancelling aborts it in the server."""
+        question = {"request_id": name, "token_ids": list(request.token_ids), "sampling_params": sampling_args(request)}
         return _sampled(await self._ask("POST", "/inference/v1/generate", question, timeout_s), request)
+
+    async def cut(self, names: Collection[str]) -> None:
+        """End continuations where they are; their answers have what was sampled so far."""
+        if names:  # the server takes none for all, whoever asked for them
+            question = {"request_ids": [f"generate-tokens-{name}" for name in names]}
+            await self._ask("POST", "/abort_requests", question, _PROBE_S)
 
     async def load(self, path: Path, version: str, timeout_s: float, meanwhile: str = "changing") -> None:
         """Make the server's weights those in the folder ``path``, and forget what it cached under others.
@@ -118,9 +126,9 @@ def _sampled(answer: Any, request: GenerationRequest) -> Sampled:
         versions = frozenset(str(span["version"]) for span in choice.get("weight_versions") or ())
     except (KeyError, TypeError, ValueError) as exc:
         raise EngineError(f"not an answer of vLLM's: {type(exc).__name__}: {exc}") from exc
-    if reason not in ("stop", "length"):
+    if reason not in ("stop", "length", CUT):
         raise Away(f"it ended a request with {reason!r}")
-    if not 0 < len(ids) == len(logprobs) <= request.params.max_tokens:
+    if not int(reason != CUT) <= len(ids) == len(logprobs) <= request.params.max_tokens:
         raise EngineError(f"{len(ids)} ids and {len(logprobs)} log-probs for max_tokens={request.params.max_tokens}")
     check_finite(logprobs)
     greedy = request.params.temperature == 0

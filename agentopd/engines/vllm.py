@@ -16,6 +16,7 @@ from agentopd.config.engines import VLLMConfig
 from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines.background import Gate
 from agentopd.engines.canary import Canary
+from agentopd.engines.pieces import CUT, Pieces
 from agentopd.engines.requests import check_finite, check_fits, context_limit
 from agentopd.engines.vllm_process import (
     KEYS,
@@ -32,13 +33,14 @@ from agentopd.errors import ConfigError, EngineError, boundary
 class VLLMEngine:
     """Samples from a copy of ``model`` (the learner's own Hugging Face model) that ``sync_weights`` brings up to date.
 
+    With ``cut_turns`` an update does not wait for the turns under way, which go on after it from the new weights.
     Seeds belong to requests, but rounding depends on who shares a batch, so samples repeat as far as batches do.
     Raises ``ConfigError`` where vLLM is not installed, and ``EngineError`` for what fails later.
     """
 
     lockstep = False
 
-    def __init__(self, model: Any, config: VLLMConfig) -> None:
+    def __init__(self, model: Any, config: VLLMConfig, cut_turns: bool = False) -> None:
         require_vllm()
         self.max_context = context_limit(model.config, config.max_context)
         self.weight_version = 0
@@ -47,6 +49,8 @@ class VLLMEngine:
         self._on_gpu = device.type == "cuda"
         self._asleep = False
         self._turns = Gate()
+        self._under_way: set[str] = set()
+        self._cuts = cut_turns
         self._canary = Canary(model, self.max_context, config.canary_bound)
         if config.sync == "ipc" and not self._on_gpu:
             raise ConfigError("rollout.vllm.sync = 'ipc' shares GPU memory, and there is no GPU: use 'auto' or 'disk'")
@@ -79,7 +83,7 @@ class VLLMEngine:
     def sync_weights(self, version: int) -> dict[str, float]:
         """Push the learner's weights, forget what was cached under the old ones, and ask the canary.
 
-        Turns under way end first, and others wait. Returns ``sync/canary``, the mean difference in nats. Raises
+        No turn is under way meanwhile, and new ones wait. Returns ``sync/canary``, the mean difference in nats. Raises
         ``EngineError`` above its bound.
         """
         with boundary(EngineError, f"bringing vLLM to weight version {version}"), self._between_turns():
@@ -115,11 +119,14 @@ class VLLMEngine:
 
     @contextmanager
     def _between_turns(self) -> Iterator[None]:
-        self._llm.wait(self._turns.close())
+        self._llm.wait(self._turns.close(self._cut if self._cuts else None))
         try:
             yield
         finally:
             self._llm.wait(self._turns.open())
+
+    async def _cut(self) -> None:
+        await self._llm.llm.abort(list(self._under_way))
 
     def _check(self) -> float:
         async def sampled() -> list[Generation]:
@@ -129,8 +136,11 @@ class VLLMEngine:
 
     async def _generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         async def turn(request: GenerationRequest) -> Generation:
-            async with self._turns:
-                return await self._one(request)
+            pieces = Pieces(request)
+            while not pieces.is_whole:
+                async with self._turns:
+                    pieces.add(await self._one(pieces.rest))
+            return pieces.generation()
 
         return list(await asyncio.gather(*map(turn, requests)))
 
@@ -138,10 +148,14 @@ class VLLMEngine:
         from vllm import TokensPrompt
 
         prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
-        outputs = self._llm.llm.generate(prompt, _sampling(request), str(next(self._request_ids)))
-        (final,) = [output async for output in outputs]
+        name = str(next(self._request_ids))
+        self._under_way.add(name)
+        try:
+            (final,) = [output async for output in self._llm.llm.generate(prompt, _sampling(request), name)]
+        finally:
+            self._under_way.remove(name)
         (made,) = final.outputs
-        if made.finish_reason not in ("stop", "length"):
+        if made.finish_reason not in ("stop", "length", *([CUT] if self._cuts else [])):
             raise EngineError(f"vLLM ended a request with {made.finish_reason!r}")
         check_finite(made.logprobs.logprobs)
         greedy = request.params.temperature == 0

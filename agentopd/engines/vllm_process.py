@@ -29,6 +29,8 @@ _GRACE_S = 5.0
 """The reader of vLLM's results has this long to end, before its process is ended all the same."""
 KEYS = ("rollout.vllm.max_context", "rollout.vllm.kv_cache_gb")
 """What sets a student's context, and its cache of keys and values."""
+_ANOTHER_SEED = 0x9E3779B97F4A7C15
+"""Times the tokens that were sampled under a seed before, it makes a seed for the rest: vLLM knows no others of one."""
 _CPU_BATCH = 4096
 """Tokens computed at once on a CPU."""
 _CPU_BLOCK = 32
@@ -188,7 +190,7 @@ def sampling_args(request: GenerationRequest) -> dict[str, Any]:
         "top_p": params.top_p,
         "max_tokens": params.max_tokens,
         "stop_token_ids": list(params.stop_ids),
-        "seed": request.seed % 2**63,
+        "seed": (request.seed + request.drawn * _ANOTHER_SEED) % 2**63,
         "ignore_eos": True,
         "detokenize": False,
         "logprobs": 0,

@@ -26,6 +26,7 @@ from agentopd.engines.background import BackgroundLoop, Gate
 from agentopd.engines.broadcast import SERVER_ARGS, Broadcast, OpenTrainer, WeightStream
 from agentopd.engines.canary import Canary
 from agentopd.engines.http import Address, Away
+from agentopd.engines.pieces import Pieces
 from agentopd.engines.pool import Pool, Replica
 from agentopd.engines.requests import check_fits, context_limit
 from agentopd.engines.server_process import ServerProcess
@@ -55,7 +56,8 @@ class VLLMServersEngine:
     In a launched job every rank has those of its own that it starts, and shares those of ``servers.urls``: every rank
     must then make one, and call ``sync_weights``. Raises ``ConfigError`` where vLLM is needed and not installed, or the
     config does not fit the job, and ``EngineError`` for what fails later, on every rank alike. ``module`` is run to
-    start a server, and ``open_trainer`` replaces vLLM's sender of weights.
+    start a server, and ``open_trainer`` replaces vLLM's sender of weights. With ``cut_turns`` an update does not wait
+    for the turns under way, which go on after it from the new weights.
     """
 
     lockstep = False
@@ -67,6 +69,7 @@ class VLLMServersEngine:
         servers: ServersConfig,
         module: str = _MODULE,
         open_trainer: OpenTrainer | None = None,
+        cut_turns: bool = False,
     ) -> None:
         if vllm.sync == "nccl" and open_trainer is None and model.device.type != "cuda":
             raise ConfigError(
@@ -82,6 +85,7 @@ class VLLMServersEngine:
         self._canary = Canary(model, self.max_context, vllm.canary_bound)
         self._open_trainer = open_trainer
         self._turns = Gate()
+        self._cuts = cut_turns
         self._shared = self._is_shared()
         with ExitStack() as started, boundary(EngineError, "starting vLLM's servers"):
             self._together(lambda: self._prepare(started, module))
@@ -113,9 +117,10 @@ class VLLMServersEngine:
     def sync_weights(self, version: int) -> dict[str, float]:
         """Give every server the learner's weights, and ask the canary on each. Every rank must call it.
 
-        Turns under way end first, on all ranks, and others wait. Returns ``sync/canary``, the largest of the servers'
-        mean differences in nats, ``sync/replicas``, how many this rank can ask, and of ``nccl`` ``sync/sent``, how many
-        servers took the weights by it. Raises ``EngineError`` above its bound, and for what failed on another rank.
+        No turn is under way meanwhile, on any rank, and new ones wait. Returns ``sync/canary``, the largest of the
+        servers' mean differences in nats, ``sync/replicas``, how many this rank can ask, and of ``nccl`` ``sync/sent``,
+        how many servers took the weights by it. Raises ``EngineError`` above its bound, and for what failed on another
+        rank.
         """
         with boundary(EngineError, f"bringing vLLM's servers to weight version {version}"), self._between_turns():
             self.weight_version = version
@@ -154,7 +159,7 @@ class VLLMServersEngine:
         self._mine = [*here, *elsewhere] if self._is_first else here
         """Those to which this rank brings the weights of a sync, and that it asks the canary of."""
         self._broadcast = self._make_broadcast() if self._vllm.sync == "nccl" else None
-        self._pool = Pool([*here, *elsewhere], self._servers, self._vllm.timeout_s, self._check_again)
+        self._pool = Pool([*here, *elsewhere], self._servers, self._vllm.timeout_s, self._check_again, self._cuts)
         started.callback(lambda: self._wait(self._pool.close()))
 
     def _make_broadcast(self) -> Broadcast:
@@ -298,7 +303,7 @@ class VLLMServersEngine:
             self._loop.wait(self._next_turns(), self._vllm.timeout_s)
 
     async def _ended_turns(self) -> None:
-        await self._turns.close()
+        await self._turns.close(self._pool.cut if self._cuts else None)
         await self._pool.hold()
 
     async def _next_turns(self) -> None:
@@ -382,8 +387,11 @@ class VLLMServersEngine:
 
     async def _generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         async def turn(request: GenerationRequest) -> Generation:
-            async with self._turns:
-                return self._generation(await self._pool.sample(request))
+            pieces = Pieces(request)
+            while not pieces.is_whole:
+                async with self._turns:
+                    pieces.add(self._generation(await self._pool.sample(pieces.rest)))
+            return pieces.generation()
 
         return list(await asyncio.gather(*map(turn, requests)))
 

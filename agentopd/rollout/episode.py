@@ -60,7 +60,8 @@ class Act:
     finish_reason: Literal["stop", "length"] = "stop"
     weight_version: int = 0
     token_ends: tuple[int, ...] = ()
-    """See ``Turn``."""
+    updates: tuple[tuple[int, int], ...] = ()
+    """See ``Turn``, both."""
 
 
 class Actor(Protocol):
@@ -190,6 +191,7 @@ class EpisodeRun:
                 call_spans=call_spans(act.text, codec, len(calls), len(malformed), self.tools),
                 finish_reason=act.finish_reason,
                 weight_version=act.weight_version,
+                updates=act.updates,
             )
         )
         token_ids += act.token_ids

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from agentopd.contracts import Engine, Generation, GenerationRequest, SamplingParams
 from agentopd.errors import EngineError
@@ -149,7 +149,8 @@ class _Student:
         text = self._renderer.decode_turn(made.token_ids)
         stopped = made.finish_reason == "stop"
         ends = self._renderer.token_ends(made.token_ids, text)
-        return Act(text, made.token_ids, made.logprobs, "stop" if stopped else "length", made.weight_version, ends)
+        reason: Literal["stop", "length"] = "stop" if stopped else "length"
+        return Act(text, made.token_ids, made.logprobs, reason, made.weight_version, ends, made.updates)
 
 
 class _Direct:

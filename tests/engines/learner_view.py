@@ -1,14 +1,14 @@
 """Requests of the micro student, and the learner's own log-probs of what an engine made of them."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 
 from agentopd.contracts import Engine, Generation, GenerationRequest, SamplingParams
-from agentopd.types import Episode
+from agentopd.types import Episode, Turn
 from agentopd_envs.micro import store
 from agentopd_envs.tool_use import ToolUseEnvironment
 
@@ -45,6 +45,37 @@ def largest_gap(model: Any, asked: Sequence[GenerationRequest], made: Sequence[G
     return max(gaps)
 
 
+def turn_of(made: Generation) -> Turn:
+    """As the rollout records it."""
+    return Turn(
+        token_ids=made.token_ids,
+        rollout_logprobs=made.logprobs,
+        weight_version=made.weight_version,
+        updates=made.updates,
+    )
+
+
+def largest_gap_of_stretches(
+    model: Any, weights: Mapping[int, Any], asked: Sequence[GenerationRequest], made: Sequence[Generation]
+) -> float:
+    """``largest_gap`` where each token is held to the version of the weights that sampled it; leaves the last in."""
+    gaps = []
+    for version, state in weights.items():
+        model.load_state_dict(state)
+        for request, generation in zip(asked, made, strict=True):
+            full = learner_logprobs(model, request.token_ids, generation.token_ids, request.params.temperature)
+            picked = full.gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
+            versions = [which for which, size in turn_of(generation).weight_spans for _ in range(size)]
+            mine = torch.tensor([which == version for which in versions])
+            gaps += (picked - torch.tensor(generation.logprobs))[mine].abs().tolist()
+    return float(max(gaps))
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of the weights."""
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
 def nucleus_logprobs(model: Any, prompt: Sequence[int], sampled: Sequence[int], top_p: float) -> list[float]:
     """Log-probs of ``sampled`` within the nucleus of each position, at temperature 1."""
     found = []
@@ -68,10 +99,27 @@ def largest_gap_of_episodes(model: Any, episodes: Sequence[Episode]) -> float:
     return max(gaps)
 
 
+async def cut_by_a_sync(engine: Any, model: Any, asked: list[GenerationRequest], is_under_way: Any) -> float:
+    """Sync other weights amid turns, as version 7; ``largest_gap_of_stretches``, and the old weights are put back."""
+    weights = {0: disturb(model), 7: weights_of(model)}
+    call = asyncio.create_task(engine.generate(asked))
+    while not is_under_way():
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.5)
+    await asyncio.to_thread(engine.sync_weights, 7)
+    made = await call
+    gap = largest_gap_of_stretches(model, weights, asked, made)
+    model.load_state_dict(weights[0])
+    await asyncio.to_thread(engine.sync_weights, 0)
+    assert {len(x.token_ids) for x in made} == {x.params.max_tokens for x in asked}
+    assert any([version for version, _ in turn_of(x).weight_spans] == [0, 7] for x in made)
+    return gap
+
+
 @torch.no_grad()
 def disturb(model: Any) -> dict[str, torch.Tensor]:
     """Move every matrix of ``model`` by a twentieth of its spread; returns the weights before."""
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before = weights_of(model)
     draw = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         weight.add_(0.05 * weight.std() * torch.randn(weight.shape, generator=draw) if weight.dim() > 1 else 0.0)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from agentopd.config.engines import ServersConfig, VLLMConfig
-from agentopd.contracts import GenerationRequest, SamplingParams
+from agentopd.contracts import Generation, GenerationRequest, SamplingParams
 from agentopd.engines import VLLMServersEngine
 from agentopd.engines.http import Address, Away, ask_json
 from agentopd.engines.pool import Pool, Replica, Weights
@@ -27,7 +27,7 @@ from agentopd.engines.server_process import ServerProcess
 from agentopd.engines.token_client import TokenClient
 from agentopd.errors import ConfigError, EngineError
 from agentopd.models import load_model
-from tests.engines.token_server import DEADLY, HANGING, SLOW, sampled
+from tests.engines.token_server import DEADLY, ENDLESS, HANGING, SLOW, sampled
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "tests.engines.token_server"
@@ -79,11 +79,14 @@ def place(tmp_path: Path) -> Iterator[Place]:
 Scenario = Callable[[Pool], Awaitable[Any]]
 
 
-def play(place: Place, replicas: list[Replica], scenario: Scenario, check: Any = unchecked, **keys: Any) -> Any:
+def play(
+    place: Place, replicas: list[Replica], scenario: Scenario, check: Any = unchecked, cuts: bool = False, **keys: Any
+) -> Any:
     """Run ``scenario`` with a pool that has the weights "old"."""
 
     async def run() -> Any:
-        pool = Pool(replicas, ServersConfig(**{"turn_timeout_s": 60.0, "outage_s": 60.0, **keys}), 60.0, check)
+        config = ServersConfig(**{"turn_timeout_s": 60.0, "outage_s": 60.0, **keys})
+        pool = Pool(replicas, config, 60.0, check, cuts)
         try:
             await pool.start(place.weights("old"), replicas)
             return await scenario(pool)
@@ -322,6 +325,61 @@ def test_a_cancelled_turn_is_aborted_in_the_server(place):
         assert pool.replicas[0].turns == 0 and pool.replicas[0].is_up
 
     play(place, place.replicas(1), scenario)
+
+
+def test_requests_that_are_cut_end_where_they_are_and_those_of_others_go_on(place):
+    async def scenario(pool: Pool) -> None:
+        mine = [asyncio.create_task(pool.sample(request(ENDLESS, seed=i))) for i in range(4)]
+        (server,) = pool.replicas
+        other = asyncio.create_task(server.reach().sample(request(SLOW), "another", 60))
+        while (await ask_json(server.reach().address, "GET", "/state", None, 5))["asked"] < 5:
+            await asyncio.sleep(0.01)
+        await pool.cut()
+        made = await asyncio.gather(*mine)
+        assert [x.token_ids for x in made] == [expected("old", ENDLESS, seed=i)[: COUNT // 2] for i in range(4)]
+        assert {x.finish_reason for x in made} == {"abort"}
+        assert (await other).token_ids == expected("old", SLOW)
+        assert server.is_up and not server.under_way
+        await pool.cut()  # nothing is under way: nobody's requests end
+
+    play(place, place.replicas(1), scenario, cuts=True)
+
+
+@pytest.mark.slow
+def test_a_request_that_ends_uncut_is_a_fault_of_the_server(place):
+    async def scenario(pool: Pool) -> None:
+        turn = asyncio.create_task(pool.sample(request(SLOW)))
+        (server,) = pool.replicas
+        while (await ask_json(server.reach().address, "GET", "/state", None, 5))["asked"] < 1:
+            await asyncio.sleep(0.01)
+        await pool.cut()
+        assert (await turn).token_ids == expected("old", SLOW) and server.life == 2
+
+    play(place, place.replicas(1), scenario)
+
+
+@pytest.mark.slow
+def test_an_update_cuts_turns_under_way_which_go_on_from_the_new_weights(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    vllm = VLLMConfig(canary_bound=1e3, timeout_s=60.0)
+    model = load_model("micro/student", "float32")
+    engine = VLLMServersEngine(model, vllm, ServersConfig(replicas=2), MODULE, cut_turns=True)
+    asked = [request(ENDLESS, seed=i) for i in range(4)]
+
+    async def scenario() -> list[Generation]:
+        call = asyncio.create_task(engine.generate(asked))
+        while sum(len(replica.under_way) for replica in engine.replicas) < len(asked):
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(engine.sync_weights, 1)
+        return await call
+
+    try:
+        made = asyncio.run(asyncio.wait_for(scenario(), 60))
+        assert [replica.life for replica in engine.replicas] == [1, 1]
+    finally:
+        engine.close()
+    assert {(x.weight_version, x.updates, x.finish_reason) for x in made} == {(0, ((COUNT // 2, 1),), "length")}
+    assert [len(set(x.token_ids)) > 1 and len(x.token_ids) == COUNT for x in made] == [True] * len(asked)
 
 
 @pytest.mark.slow

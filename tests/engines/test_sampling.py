@@ -58,5 +58,9 @@ def test_streams_belong_to_their_seed() -> None:
     crowd.keep([0, 2])
     seen += [crowd.draw()[1].item() for _ in range(50)]
     assert seen == expected
+    later = UniformStreams([9, 7, 7], [5, 77, 0])
+    seen = [later.draw() for _ in range(73)]
+    assert [row[1].item() for row in seen] == expected[77:]
+    assert [row[2].item() for row in seen] == expected[:73]
     assert len(set(expected)) > 140 and min(expected) >= 0 and max(expected) < 1
     assert abs(np.mean(expected) - 0.5) < 0.1

@@ -19,6 +19,7 @@ from agentopd.rollout import EpisodeSpec, run_episodes
 from agentopd_envs.micro import store
 from agentopd_envs.tool_use import ToolUseEnvironment
 from tests.engines.learner_view import (
+    cut_by_a_sync,
     disturb,
     generate,
     largest_gap,
@@ -45,7 +46,8 @@ def policy() -> Any:
 
 @pytest.fixture(scope="module")
 def engine(policy: Any) -> Iterator[VLLMEngine]:
-    made = VLLMEngine(policy.model, VLLMConfig(max_context=768, max_num_seqs=32, kv_cache_gb=0.25, timeout_s=2000))
+    config = VLLMConfig(max_context=768, max_num_seqs=32, kv_cache_gb=0.25, timeout_s=2000)
+    made = VLLMEngine(policy.model, config, cut_turns=True)
     yield made
     made.close()
 
@@ -150,6 +152,13 @@ def test_a_sync_changes_the_samples_and_satisfies_the_canary(policy, engine, mov
     assert largest_gap(moved, asked, after) < BOUND
     assert [x.token_ids for x in before] != [x.token_ids for x in after]
     assert {x.weight_version for x in after} == {7}
+
+
+def test_an_update_cuts_turns_which_go_on_from_the_new_weights(policy, engine):
+    params = SamplingParams(max_tokens=400)
+    asked = [GenerationRequest(tuple(row), params, seed) for seed, row in enumerate(prompts(policy, 4))]
+    gap = asyncio.run(cut_by_a_sync(engine, policy.model, asked, lambda: engine.unfinished == 4))
+    assert gap < BOUND
 
 
 class WithoutHead:

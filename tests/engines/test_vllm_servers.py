@@ -21,6 +21,7 @@ from agentopd.rollout import EpisodeSpec, run_episodes
 from agentopd_envs.micro import store
 from agentopd_envs.tool_use import ToolUseEnvironment
 from tests.engines.learner_view import (
+    cut_by_a_sync,
     disturb,
     generate,
     largest_gap,
@@ -49,7 +50,7 @@ def policy() -> Any:
 @pytest.fixture(scope="module")
 def engine(policy: Any) -> Iterator[VLLMServersEngine]:
     vllm = VLLMConfig(**VLLM, max_num_seqs=32, kv_cache_gb=0.25)
-    made = VLLMServersEngine(policy.model, vllm, ServersConfig(replicas=2, turn_timeout_s=120))
+    made = VLLMServersEngine(policy.model, vllm, ServersConfig(replicas=2, turn_timeout_s=120), cut_turns=True)
     yield made
     made.close()
 
@@ -107,6 +108,15 @@ def test_a_sync_reaches_every_server(policy, engine, moved):
         after = generate(engine, rows)
         assert largest_gap(moved, rows, after) < BOUND
         assert {x.weight_version for x in after} == {7}
+
+
+def test_an_update_cuts_turns_which_go_on_from_the_new_weights(policy, engine):
+    params = SamplingParams(max_tokens=400)
+    asked = [GenerationRequest(tuple(row), params, seed) for seed, row in enumerate(prompts(policy, 4))]
+    gap = asyncio.run(
+        cut_by_a_sync(engine, policy.model, asked, lambda: sum(replica.turns for replica in engine.replicas) == 4)
+    )
+    assert gap < BOUND
 
 
 def test_ids_beyond_the_vocabulary_are_refused_before_they_reach_a_server(policy, engine):

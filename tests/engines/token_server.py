@@ -1,19 +1,23 @@
 """A server with vLLM's token-in-token-out endpoints that samples by arithmetic: what it says depends on the weights it
 was given, the prompt and the seed alone. Prompts that begin with one of the ids below make it misbehave, and so does an
-update of its weights that says so."""
+update of its weights that says so. Half of what is cut was sampled, and what follows it ends."""
 
 import argparse
 import hashlib
 import json
 import os
 import socket
+import threading
 import time
+from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-SLOW, DEADLY, HANGING = 1, 2, 3
+SLOW, DEADLY, HANGING, ENDLESS = 1, 2, 3, 4
 STATE = {"weights": "", "version": "default", "aborted": 0, "asked": 0, "loads": 0, "sent": 0, "port": ""}
 GROUP = {}
+CUTS = defaultdict(threading.Event)
+"""Of requests, by their names."""
 
 
 def sampled(weights: str, token_ids: list[int], seed: int, count: int) -> list[int]:
@@ -107,24 +111,31 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {"success": True})
         elif self.path.strip("/") in TRANSFER:
             self.reply(*TRANSFER[self.path.strip("/")](question or {}))
+        elif self.path == "/abort_requests":
+            for name in question["request_ids"]:
+                CUTS[name].set()
+            self.reply(200, {})
         elif self.path == "/inference/v1/generate":
-            self.reply(*self.generate(question["token_ids"], question["sampling_params"]))
+            cut = CUTS[f"generate-tokens-{question['request_id']}"]
+            self.reply(*self.generate(question["token_ids"], question["sampling_params"], cut))
         else:
             self.reply(404, None)
 
-    def generate(self, token_ids, params):
+    def generate(self, token_ids, params, cut):
         STATE["asked"] += 1
         if token_ids[0] == DEADLY:
             os._exit(9)
         if token_ids[0] == HANGING:
             time.sleep(3600)
-        if token_ids[0] == SLOW:
-            time.sleep(0.5)
-        ids = sampled(STATE["weights"], token_ids, params["seed"], params["max_tokens"])
+        version, weights = STATE["version"], STATE["weights"]
+        patience_s = 0.5 if token_ids[0] == SLOW else 3600 if token_ids == [ENDLESS] else 0
+        is_cut = cut.wait(patience_s)
+        ids = sampled(weights, token_ids, params["seed"], params["max_tokens"])
+        ids = ids[: len(ids) // 2] if is_cut else ids
         choice = {
             "token_ids": ids,
-            "finish_reason": "length",
-            "weight_versions": [{"version": STATE["version"], "start": 0, "end": len(ids)}],
+            "finish_reason": "abort" if is_cut else "length",
+            "weight_versions": [{"version": version, "start": 0, "end": len(ids)}],
             "logprobs": {"content": [{"token_id": token, "logprob": -1.0} for token in ids]},
         }
         return 200, {"choices": [choice]}

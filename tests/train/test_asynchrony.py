@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from agentopd.config import load_run_config
 from agentopd.console import make_console
 from agentopd.contracts import Evidence
+from agentopd.engines import hf
 from agentopd.engines.background import Gate
 from agentopd.models import load_model, load_tokenizer, vocabulary_hash
 from agentopd.pipeline import Rollouts
@@ -71,6 +73,38 @@ def test_rollouts_overlap_and_are_no_staler_than_allowed(quickstart, small):
         for turn in item.episode.turns
     }
     assert all(0 <= step - 1 - version <= 2 for step, version in versions)
+
+
+@pytest.mark.slow
+def test_a_run_cuts_turns_at_its_updates(quickstart, small, monkeypatch):
+    options = ("train.max_staleness=1", "rollout.cut_turns=true", "tracking.episodes_per_step=12")
+    run = Run.start(load_run_config(quickstart, small("train.steps=4", *options, *TINY)))
+    due, step = threading.Event(), hf._Batch.step
+
+    async def with_one_due(run: Run, collected: Any) -> Any:
+        if run.step + 1 < run.config.train.steps:  # nothing is sampled ahead of the last update
+            due.set()
+        return await train_step(run, collected)
+
+    def until_it_comes(batch: Any) -> None:
+        step(batch)
+        while due.is_set() and run.policy.engine._no_update.is_set():
+            time.sleep(0.001)
+
+    async def noted(run: Run, *rest: Any) -> dict[str, float]:
+        try:
+            return await update(run, *rest)
+        finally:
+            due.clear()
+
+    monkeypatch.setattr("agentopd.train.train_step", with_one_due)
+    monkeypatch.setattr("agentopd.train.update", noted)
+    monkeypatch.setattr(hf._Batch, "step", until_it_comes)
+    asyncio.run(train(run, make_console(plain=True)))
+    turns = [(x.step, turn) for x in RunDirectory.open(run.root).kept_episodes() for turn in x.episode.turns]
+    assert {step for step, turn in turns if turn.updates} == {2, 3, 4}
+    assert all(0 <= step - 1 - version <= 1 for step, turn in turns for version, _ in turn.weight_spans)
+    assert all(0 < row["rollout/staleness"] < 1 for row in metrics(run.root)[1:])
 
 
 @pytest.mark.slow
