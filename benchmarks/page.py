@@ -96,6 +96,8 @@ FIGURES = (
     Figure("transport", "speedup_vs_json", "the speed of JSON"),
     Figure("weight_sync", "share_of_step", "of a step", at_most=0.03, unit="%"),
     Figure("weight_sync", "sync_s", "a sync, canary included", unit="s"),
+    Figure("weight_sync", "cut_vs_waiting", "the time of a sync that waits for long turns, by cutting them"),
+    Figure("weight_sync", "turns_vs_waiting", "the time until those turns have ended"),
     Figure("growth", "exponent_tasks", "exponent over the prompts of a step", at_most=1.05, unit=""),
     Figure("growth", "exponent_positions", "exponent over trained tokens", at_most=1.05, unit=""),
     Figure("growth", "exponent_turns", "exponent over turns (attention reads all before)", unit=""),

@@ -2,8 +2,10 @@
 
 First the correctness gate, on micro/student in float32: after every sync the engine's log-probs are the learner's, and
 the canary stops a sync that leaves the output head or the prefix cache behind. A gate that fails ends the benchmark
-with an error. Then the latency of ``sync_weights``, canary included, over rounds in which the learner moved. Then a
-short run of the quickstart: ``share_of_step`` is the median of ``time/sync`` over the step's four phases.
+with an error. Then the latency of ``sync_weights``, canary included, over rounds in which the learner moved. Then the
+same amid long turns, which an update waits for or cuts (``rollout.cut_turns``), in turn: ``cut_vs_waiting`` is the time
+of one sync over the other's, ``turns_vs_waiting`` that until the turns have ended. Then a short run of the quickstart:
+``share_of_step`` is the median of ``time/sync`` over the step's four phases.
 
 ``python -m benchmarks.weight_sync [--engine vllm] [--rounds 10] [--steps 5] [--prompts 48]``
 """
@@ -28,6 +30,7 @@ from agentopd.config import load_run_config
 from agentopd.config.engines import VLLMConfig
 from agentopd.config.run import RolloutConfig
 from agentopd.console import make_console
+from agentopd.contracts import GenerationRequest, SamplingParams
 from agentopd.errors import EngineError
 from agentopd.models import load_model
 from agentopd.runs import Run
@@ -37,6 +40,8 @@ from agentopd.train import train
 CONFIG = Path(__file__).resolve().parents[1] / "configs/quickstart.toml"
 VLLM: dict[str, Any] = {"max_context": 768, "kv_cache_gb": 0.25, "timeout_s": 3000.0}
 PHASES = ("rollout", "teacher", "learner", "sync")
+TURNS, TOKENS, BEFORE_S = 8, 500, 0.3
+"""Turns that a sync meets, their tokens, and how long they have been under way."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,16 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if find_spec("vllm") is None:
         print(json.dumps({"skipped": "vLLM is not installed: make test-vllm builds .venv-vllm, which has it"}))
         return
-    figures = {**latency(options.engine, options.rounds), **share(options.engine, options.steps, options.prompts)}
+    kind, rounds = options.engine, options.rounds
+    figures = {**latency(kind, rounds), **amid_turns(kind, rounds), **share(kind, options.steps, options.prompts)}
     for key, value in figures.items():
         print(f"{key:<24} {value:.6g}")
-    print(json.dumps({"engine": options.engine, **figures}))
+    print(json.dumps({"engine": kind, **figures}))
 
 
 def latency(kind: str, rounds: int) -> dict[str, float]:
     """The gate, and seconds of ``rounds`` syncs."""
     model = load_model("micro/student", "float32")
-    engine: Any = build_engine(model, RolloutConfig(engine=kind, vllm=VLLMConfig(**VLLM)))  # type: ignore[arg-type]
+    engine: Any = build_engine(model, RolloutConfig(engine=kind, vllm=VLLMConfig(**VLLM)))
     try:
         gaps, seconds = [], []
         for version in range(1, rounds + 1):
@@ -72,10 +78,49 @@ def latency(kind: str, rounds: int) -> dict[str, float]:
     return {
         "canary_gap": max(gaps),
         **caught,
-        "sync_s": statistics.median(seconds),
-        "sync_s_low": min(seconds),
-        "sync_s_high": max(seconds),
+        **spread("sync_s", seconds),
     }
+
+
+def amid_turns(kind: str, rounds: int) -> dict[str, float]:
+    """A sync amid long turns that cuts them, against one that waits for them."""
+    model = load_model("micro/student", "float32")
+    ways = ("waiting", "cutting")
+    engines: list[Any] = []
+    try:
+        for way in ways:
+            config = RolloutConfig(engine=kind, vllm=VLLMConfig(**VLLM), cut_turns=way == "cutting")
+            engines.append(build_engine(model, config))
+        met = [[asyncio.run(_met(engine, version)) for engine in engines] for version in range(rounds)]
+    finally:
+        for engine in engines:
+            asyncio.run(engine.aclose())
+    syncs = [cut[0] / waited[0] for waited, cut in met]
+    turns = [cut[1] / waited[1] for waited, cut in met]
+    return {
+        "waiting_sync_s": statistics.median(waited[0] for waited, _ in met),
+        "cutting_sync_s": statistics.median(cut[0] for _, cut in met),
+        **spread("cut_vs_waiting", syncs),
+        **spread("turns_vs_waiting", turns),
+    }
+
+
+async def _met(engine: Any, version: int) -> tuple[float, float]:
+    """Seconds of a sync amid turns, and seconds from their beginning to the end of the last."""
+    params = SamplingParams(max_tokens=TOKENS)
+    began = time.perf_counter()
+    turns = asyncio.create_task(engine.generate([GenerationRequest((5, 6, 7), params, seed) for seed in range(TURNS)]))
+    await asyncio.sleep(BEFORE_S)
+    started = time.perf_counter()
+    await asyncio.to_thread(engine.sync_weights, version)
+    took = time.perf_counter() - started
+    await turns
+    return took, time.perf_counter() - began
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The median, and the lowest and highest."""
+    return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
 
 
 def gate(engine: Any, model: Any) -> dict[str, float]:
@@ -132,9 +177,7 @@ def share(kind: str, steps: int, prompts: int) -> dict[str, float]:
     rows = rows[1:] or rows
     shares = [row["time/sync"] / sum(row[f"time/{phase}"] for phase in PHASES) for row in rows]
     return {
-        "share_of_step": statistics.median(shares),
-        "share_of_step_low": min(shares),
-        "share_of_step_high": max(shares),
+        **spread("share_of_step", shares),
         "step_s": statistics.median(sum(row[f"time/{phase}"] for phase in PHASES) for row in rows),
         "steps": float(len(rows)),
     }

@@ -43,7 +43,15 @@ KEYS = {
 }
 WITH_VLLM = {
     "rollout": {"vs_raw_vllm", "vs_raw_vllm_wall", "vs_raw_vllm_without_logprobs", "tokens_per_cpu_s"},
-    "weight_sync": {"canary_gap", "stale_head_caught", "stale_cache_caught", "sync_s", "share_of_step", "step_s"},
+    "weight_sync": {
+        "canary_gap",
+        "stale_head_caught",
+        "stale_cache_caught",
+        "sync_s",
+        "cut_vs_waiting",
+        "share_of_step",
+        "step_s",
+    },
     "server_deaths": {"outages", "outages_noticed", "differing"},
 }
 SMALL_WITH_VLLM = (
