@@ -20,7 +20,6 @@ from rich.console import Console
 
 from agentopd.build import load_skills
 from agentopd.certify.certificate import how_to_validate, is_certified
-from agentopd.checkpoint import list_checkpoints
 from agentopd.compare.plan import Plan, PlannedRun
 from agentopd.compare.recorded import recorded
 from agentopd.config import dump_toml, load_run_config
@@ -111,8 +110,8 @@ def _start(plan: Plan, waiting: list[PlannedRun]) -> _Job | None:
 
 
 def _spawn(plan: Plan, run: PlannedRun, lock: int) -> subprocess.Popen[bytes]:
-    """Train, or resume where there is a checkpoint; what stopped before its first one starts again."""
-    if list_checkpoints(run.path / "checkpoints"):
+    """Train, or resume what was begun."""
+    if (run.path / "config.toml").is_file():
         arguments = ["resume", str(run.path)]
     else:
         shutil.rmtree(run.path, ignore_errors=True)

@@ -401,7 +401,8 @@ def test_a_record_that_is_none_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_continues(tmp_path):
+@pytest.mark.parametrize("seen", ["eval/base.json", "checkpoints/step-000001/state.json"])
+def test_a_killed_comparison_continues(tmp_path, seen):
     small = '"train.steps" = 2, "train.prompts_per_step" = 4, "rollout.group_size" = 2, "eval.tasks_per_skill" = 2, '
     path = comparison(
         tmp_path,
@@ -412,14 +413,16 @@ def test_a_killed_comparison_continues(tmp_path):
     plan = make_plan(path)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 250
-    while not list((tmp_path / "out").glob("*/seed-0/checkpoints/step-000001/state.json")):
-        assert time.monotonic() < deadline and process.poll() is None, "it ended before a checkpoint"
+    while not (found := list((tmp_path / "out").glob(f"*/seed-0/{seen}"))):
+        assert time.monotonic() < deadline and process.poll() is None, "it ended before that"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    made = found[0].stat().st_mtime_ns
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0, again.stderr
     assert all(finished(run) for run in plan.runs)
     results = gather(plan)
     assert results.finished == 2
+    assert found[0].stat().st_mtime_ns == made or "checkpoints" in seen  # what was measured is not measured again
     assert all(seed.cpu_seconds > 0 and seed.tokens > 0 for seed in results.arms["opd"].seeds)
