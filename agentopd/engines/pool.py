@@ -41,10 +41,8 @@ class Replica:
     name: str
     client: TokenClient | None
     process: ServerProcess | None = None
-    turns: int = 0
-    """Requests it works on."""
     under_way: set[str] = field(default_factory=set)
-    """What they are called."""
+    """Names of the requests it works on."""
     life: int = 0
     """How often it came up."""
     is_up: bool = False
@@ -55,6 +53,11 @@ class Replica:
     brought_since: float | None = None
     """When another rank was first seen to bring it the current weights, by ``time.monotonic``."""
     faulty: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def turns(self) -> int:
+        """How many requests it works on."""
+        return len(self.under_way)
 
     def reach(self) -> TokenClient:
         """Its client. Raises ``Away`` where there is none yet."""
@@ -107,14 +110,11 @@ class Pool:
             async with self._suspects if tries >= _SUSPECT else nullcontext():
                 replica = await self._pick(request.session)
                 life, failed = replica.life, ""
-                replica.turns += 1
                 try:
                     return await self.sample_on(replica, request)
                 except Away as exc:
                     failed = str(exc)
                     self.blame(replica, life, failed)
-                finally:
-                    replica.turns -= 1
         raise EngineError(f"a request of {len(request.token_ids)} tokens failed on {_TRIES} servers: {failed}")
 
     async def sample_on(self, replica: Replica, request: GenerationRequest, timeout_s: float | None = None) -> Sampled:
