@@ -19,6 +19,8 @@ from agentopd.models import model_hash
 START = "start"
 _DECIDES_NOTHING: dict[str, Any] = {"run_dir": True, "tracking": True, "learner": {"collective_timeout_s"}}
 """Keys of a run that its figures do not depend on."""
+_CAME_LATER: dict[tuple[str, str], Any] = {("rollout", "cut_turns"): False}
+"""Options that older results know nothing of, by section and key, and the value that is what was done before them."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Plan:
         What is not set is left out: a later version's new options do not make the results of this one another's.
         """
         config = run.config.model_dump(mode="json", exclude=_DECIDES_NOTHING, exclude_none=True)
+        for (section, key), before in _CAME_LATER.items():
+            if config[section][key] == before:
+                del config[section][key]
         if self.start is not None and run is not self.start:
             config["model"]["student"] = self.fingerprint(self.start)
         else:
