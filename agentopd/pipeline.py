@@ -59,6 +59,8 @@ class Rollouts:
         self._ahead: deque[asyncio.Task[Collected]] = deque()
         self._sampled: asyncio.Task[Collected] | None = None
         """The newest batch, once it is sampled."""
+        self._samplings: set[asyncio.Task[Collected]] = set()
+        """Those that have not ended."""
 
     async def take(self) -> Collected:
         """The batch of the step that is due; those that may be are begun."""
@@ -90,19 +92,19 @@ class Rollouts:
             return Collected(prompts.drawn, prompts.shares, own, others, beside, clock)
 
         async def scored(sampling: asyncio.Task[Collected]) -> Collected:
-            try:
-                return await _scored_elsewhere(run, await sampling)
-            finally:
-                sampling.cancel()
+            return await _scored_elsewhere(run, await sampling)
 
         self._sampled = asyncio.create_task(sampled())
+        self._samplings.add(self._sampled)
+        self._sampled.add_done_callback(self._samplings.discard)
         return asyncio.create_task(scored(self._sampled))
 
     async def aclose(self) -> None:
         """Give up what was begun."""
-        for task in self._ahead:
+        begun = [*self._ahead, *self._samplings]
+        for task in begun:
             task.cancel()
-        await asyncio.gather(*self._ahead, return_exceptions=True)
+        await asyncio.gather(*begun, return_exceptions=True)
 
 
 async def _scored_elsewhere(run: Run, collected: Collected) -> Collected:

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,6 +31,9 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _LOOK_S, _MERCY_S = 0.2, 20.0
 """How often a transfer is looked at, and how long it may go on when a server of it is lost."""
+_SLACK_S, _FAREWELL_S = 5.0, 10.0
+"""What a deadline around another one has more, so that the inner one tells who is late; and the deadline of a server's
+part in leaving."""
 SERVER_ARGS = {"weight_transfer_config": {"backend": "nccl"}}
 """Arguments that a server must be started with."""
 
@@ -79,7 +83,7 @@ class WeightStream:
 
     def _keep(self, name: str, weight: Tensor) -> tuple[str, Tensor]:
         if self._keeps:
-            self._kept[name] = weight.to("cpu", copy=True)
+            self._kept[name] = weight.to("cpu", copy=True).contiguous()
         return name, weight
 
 
@@ -151,7 +155,8 @@ class Broadcast:
             self._in_time(self._group.trainer.send_weights, self._group.client, "sending weights to vLLM's servers")
             return self._group.client.lost
         except Exception as exc:  # vLLM's and the wire's own, of any kind
-            if is_met and isinstance(exc, _Endless):
+            if is_met and isinstance(exc, Endless):
+                self._group = None  # nobody in it would hear a farewell
                 raise
             return {replica.name: f"{type(exc).__name__}: {exc}" for replica in replicas}
 
@@ -166,10 +171,12 @@ class Broadcast:
                     _LOG.info("a weight transfer was not closed: %s", exc)
 
     def _in_time(self, work: Callable[[], T], client: _Client, what: str) -> T:
-        """``work``, in a thread that is left behind where a collective never ends. Raises ``_Endless`` for that."""
+        """``work``, in a thread that is left behind where a collective never ends. Raises ``Endless`` for that."""
         done: list[T] = []
         fault: list[Exception] = []
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        if device is not None:
+            torch.cuda.synchronize()  # who sends reads on streams of its own, and the weights may just be changing
 
         def run() -> None:
             try:
@@ -181,19 +188,20 @@ class Broadcast:
 
         thread = threading.Thread(target=run, name="broadcast", daemon=True)
         thread.start()
-        deadline, why = time.monotonic() + self._timeout_s, f"rollout.vllm.timeout_s, {self._timeout_s:g} s, is over"
+        deadline = time.monotonic() + self._timeout_s + 2 * _SLACK_S
+        why = f"rollout.vllm.timeout_s, {self._timeout_s:g} s, is over"
         while thread.is_alive():
             thread.join(_LOOK_S)
             if (missing := client.missing()) and (until := time.monotonic() + _MERCY_S) < deadline:
                 deadline, why = until, f"lost in the middle of it: {missing}"
             if time.monotonic() > deadline and thread.is_alive():
-                raise _Endless(f"{what} does not end: {why}")
+                raise Endless(f"{what} does not end: {why}")
         if fault:
             raise fault[0]
         return done[0]
 
 
-class _Endless(EngineError):
+class Endless(EngineError):
     """A collective that nothing ends."""
 
 
@@ -238,9 +246,14 @@ class _Client:
         self._each("finish_weight_update", [None] * len(self.replicas), self.lost)
 
     def give_up(self) -> None:
-        """End an update that may be under way, and the group."""
-        for phase in ("finish_weight_update", "shutdown_weight_transfer_engine"):
-            self._each(phase, [None] * len(self.replicas), {})
+        """End an update that may be under way, and the group, on whoever hears it."""
+
+        async def part(replica: Replica) -> None:
+            for phase in ("finish_weight_update", "shutdown_weight_transfer_engine"):
+                with suppress(Away, EngineError):
+                    await replica.reach().transfer(phase, None, _FAREWELL_S)
+
+        self._wait(_all(map(part, self.replicas)))
 
     def missing(self) -> str:
         """Servers that will take no part any more, and why; none is an empty text."""
@@ -261,7 +274,7 @@ class _Client:
         self._wait(_all(map(ask, self.replicas, questions)))
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.loop.wait(work, self.timeout_s)
+        return self.loop.wait(work, self.timeout_s + _SLACK_S)
 
 
 async def _all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -73,18 +73,18 @@ class Pool:
     """Keeps ``replicas`` up and gives out requests. Of one event loop, whose thread must live as long as the servers.
 
     ``check`` is asked about a replica that came back with the current weights, and raises ``EngineError`` where it does
-    not sample from them. ``load_s`` is the deadline of a start, and of taking up weights. With ``cuts`` a request may
-    end where ``cut`` met it; otherwise such an end is a fault.
+    not sample from them. ``load_s`` is the deadline of a start, and of taking up weights.
     """
 
-    def __init__(
-        self, replicas: Sequence[Replica], config: ServersConfig, load_s: float, check: Check, cuts: bool = False
-    ) -> None:
+    def __init__(self, replicas: Sequence[Replica], config: ServersConfig, load_s: float, check: Check) -> None:
         self.replicas = replicas
         self._config = config
         self._load_s = load_s
         self._check = check
-        self._cuts = cuts
+        self._cut: set[str] = set()
+        """Names of the requests that ``cut`` was called on."""
+        self._claimed: dict[str, int] = {}
+        """The lives in which replicas were claimed."""
         self._weights: Weights | None = None
         self._name = uuid.uuid4().hex[:8]
         self._loads = Gate()
@@ -126,22 +126,24 @@ class Pool:
         replica.under_way.add(name)
         try:
             made = await replica.reach().sample(request, name, timeout_s or self._config.turn_timeout_s)
+            if made.finish_reason == CUT and name not in self._cut:
+                raise Away("it ended a request that nobody cut")
         finally:
             replica.under_way.remove(name)
-        if made.finish_reason == CUT and not self._cuts:
-            raise Away("it ended a request that nobody cut")
+            self._cut.discard(name)
         if self._weights is not None and made.versions - {self._weights.version}:
             raise Away(f"it sampled from other weights ({', '.join(sorted(made.versions))})")
         return made
 
     async def cut(self) -> None:
-        """End the requests under way where they are. Who cannot be told ends them all the same."""
+        """End the requests under way where they are; those of a replica that cannot be told end by its fault."""
 
         async def one(replica: Replica) -> None:
+            self._cut |= replica.under_way
             with suppress(Away):
                 await replica.reach().cut(replica.under_way)
 
-        await asyncio.gather(*map(one, self.up))
+        await asyncio.gather(*map(one, self.replicas))
 
     async def hold(self) -> None:
         """Bring nobody the weights that are about to be old, and wait for who is being brought them."""
@@ -153,19 +155,24 @@ class Pool:
 
     async def claim(self, weights: Weights, replicas: Sequence[Replica]) -> list[Replica]:
         """Label ``replicas`` as being brought the ``weights`` past the folder, under ``hold``; those who could be."""
+        self._claimed = {replica.name: replica.life for replica in replicas}
         await self._each(replicas, lambda x: x.reach().name(self._claim(weights), self._load_s))
         return [replica for replica in replicas if replica.is_up]
 
     async def settle(self, weights: Weights, replicas: Sequence[Replica], lost: Mapping[str, str]) -> list[Replica]:
-        """Label ``replicas`` as having the ``weights``; the ``lost`` and who fails leave, and the rest are returned."""
+        """Label ``replicas`` as having the ``weights``; the ``lost`` and who fails leave, and the rest are returned.
+
+        A server that was started again since it was claimed has not been sent them.
+        """
+        same = [x for x in replicas if x.is_up and x.life == self._claimed[x.name]]
 
         async def one(replica: Replica) -> None:
             if replica.name in lost:
                 raise Away(lost[replica.name])
             await replica.reach().settle(weights.version, self._load_s)
 
-        await self._each(replicas, one)
-        return [replica for replica in replicas if replica.is_up]
+        await self._each(same, one)
+        return [replica for replica in same if replica.is_up]
 
     async def _each(self, replicas: Sequence[Replica], ask: Callable[[Replica], Awaitable[None]]) -> None:
         async def one(replica: Replica) -> None:
@@ -310,10 +317,11 @@ class Pool:
             await self._check(replica)
 
     async def _restart(self, replica: Replica, process: ServerProcess) -> None:
-        assert self._weights is not None
+        weights = self._weights
+        assert weights is not None
         process.kill()
-        await self._weights.at_hand(self._load_s)
-        replica.client = TokenClient(process.start(self._weights.path))
+        await weights.at_hand(self._load_s)  # newer ones, which may come meanwhile, are brought when it is up
+        replica.client = TokenClient(process.start(weights.path))
         try:
             async with asyncio.timeout(self._load_s):
                 while True:

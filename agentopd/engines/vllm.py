@@ -50,6 +50,8 @@ class VLLMEngine:
         self._asleep = False
         self._turns = Gate()
         self._under_way: set[str] = set()
+        self._cut: set[str] = set()
+        """Names of requests, the latter of those that an update has cut."""
         self._cuts = cut_turns
         self._canary = Canary(model, self.max_context, config.canary_bound)
         if config.sync == "ipc" and not self._on_gpu:
@@ -119,13 +121,14 @@ class VLLMEngine:
 
     @contextmanager
     def _between_turns(self) -> Iterator[None]:
-        self._llm.wait(self._turns.close(self._cut if self._cuts else None))
+        self._llm.wait(self._turns.close(self._cut_turns if self._cuts else None))
         try:
             yield
         finally:
             self._llm.wait(self._turns.open())
 
-    async def _cut(self) -> None:
+    async def _cut_turns(self) -> None:
+        self._cut |= self._under_way
         await self._llm.llm.abort(list(self._under_way))
 
     def _check(self) -> float:
@@ -152,11 +155,12 @@ class VLLMEngine:
         self._under_way.add(name)
         try:
             (final,) = [output async for output in self._llm.llm.generate(prompt, _sampling(request), name)]
+            (made,) = final.outputs
+            if made.finish_reason not in ("stop", "length", *([CUT] if name in self._cut else [])):
+                raise EngineError(f"vLLM ended a request with {made.finish_reason!r}")
         finally:
             self._under_way.remove(name)
-        (made,) = final.outputs
-        if made.finish_reason not in ("stop", "length", *([CUT] if self._cuts else [])):
-            raise EngineError(f"vLLM ended a request with {made.finish_reason!r}")
+            self._cut.discard(name)
         check_finite(made.logprobs.logprobs)
         greedy = request.params.temperature == 0
         logprobs = (0.0,) * len(made.token_ids) if greedy else tuple(made.logprobs.logprobs)

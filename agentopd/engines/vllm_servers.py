@@ -14,9 +14,9 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -30,6 +30,7 @@ from agentopd.engines.pieces import Pieces
 from agentopd.engines.pool import Pool, Replica
 from agentopd.engines.requests import check_fits, context_limit
 from agentopd.engines.server_process import ServerProcess
+from agentopd.engines.together import together
 from agentopd.engines.token_client import Sampled, TokenClient
 from agentopd.engines.vllm_process import (
     KEYS,
@@ -46,7 +47,6 @@ from agentopd.errors import ConfigError, EngineError, boundary
 from agentopd.learner import runtime
 from agentopd.weights import full_weights
 
-T = TypeVar("T")
 _MODULE = "vllm.entrypoints.openai.api_server"
 
 
@@ -88,15 +88,15 @@ class VLLMServersEngine:
         self._cuts = cut_turns
         self._shared = self._is_shared()
         with ExitStack() as started, boundary(EngineError, "starting vLLM's servers"):
-            self._together(lambda: self._prepare(started, module))
+            together(lambda: self._prepare(started, module))
             weights = self._write()
             args = sampler_args(vllm, model.dtype, self.max_context)
             with blaming_the_cache(model.config, args, KEYS) if servers.started else nullcontext():
-                self._together(lambda: self._wait(self._pool.start(weights, self._mine)))
-            self._together(lambda: self._wait(self._join(weights)))
+                together(lambda: self._wait(self._pool.start(weights, self._mine)))
+            together(lambda: self._wait(self._join(weights)))
             if self._broadcast is not None:
                 started.callback(self._broadcast.leave)
-                self._together(self._meet)
+                together(self._meet)
             self._check()
             self._started = started.pop_all()
 
@@ -129,7 +129,7 @@ class VLLMServersEngine:
                 sent = self._send(self._broadcast)
                 return {"sync/sent": float(sent), **self._check()}
             weights = self._write()
-            self._together(lambda: self._wait(self._pool.load(weights, self._mine)))
+            together(lambda: self._wait(self._pool.load(weights, self._mine)))
             return self._check()
 
     def sleep(self) -> None:
@@ -159,7 +159,7 @@ class VLLMServersEngine:
         self._mine = [*here, *elsewhere] if self._is_first else here
         """Those to which this rank brings the weights of a sync, and that it asks the canary of."""
         self._broadcast = self._make_broadcast() if self._vllm.sync == "nccl" else None
-        self._pool = Pool([*here, *elsewhere], self._servers, self._vllm.timeout_s, self._check_again, self._cuts)
+        self._pool = Pool([*here, *elsewhere], self._servers, self._vllm.timeout_s, self._check_again)
         started.callback(lambda: self._wait(self._pool.close()))
 
     def _make_broadcast(self) -> Broadcast:
@@ -187,25 +187,6 @@ class VLLMServersEngine:
     @property
     def _is_first(self) -> bool:
         return runtime.rank() == self._first
-
-    def _together(self, work: Callable[[], T]) -> list[T]:
-        """Do this rank's part and wait for the others'; what each returned, in rank order.
-
-        What fails on one rank fails on all, so that none waits for one that is gone.
-        """
-        made: T | None = None
-        fault: Exception | None = None
-        try:
-            made = work()
-        except Exception as exc:
-            fault = exc
-        said = runtime.gather_objects((made, fault and f"{type(fault).__name__}: {fault}"))
-        if fault is not None:
-            raise fault
-        for rank, (_, why) in enumerate(said):
-            if why is not None:
-                raise EngineError(f"rank {rank} failed: {why}")
-        return [part for part, _ in said]
 
     def _replicas(self, module: str) -> tuple[list[Replica], list[Replica]]:
         """Servers that this rank starts, and those that run elsewhere."""
@@ -252,7 +233,7 @@ class VLLMServersEngine:
             self._folder.write(weights)
             return weights
 
-        return self._of_the_first(self._together(work))
+        return self._of_the_first(together(work))
 
     def _meet(self) -> None:
         """Make a group with this rank's servers, so that one which takes no part is found at once."""
@@ -277,27 +258,31 @@ class VLLMServersEngine:
 
     def _send(self, broadcast: Broadcast) -> int:
         """Give this rank's servers the weights from GPU to GPU, and the rest a folder; how many took them."""
-        first = self._together(lambda: self._folder.next(self.weight_version) if self._is_first else None)
+        first = together(lambda: self._folder.next(self.weight_version) if self._is_first else None)
         weights = self._of_the_first(first)
+        claimed: list[Replica] = []
         sent: list[Replica] = []
 
-        def work() -> None:
+        def claim() -> None:
             up = [replica for replica in self._mine if replica.is_up]
-            claimed = self._wait(self._pool.claim(weights, up))
+            claimed[:] = self._wait(self._pool.claim(weights, up))
+
+        def work() -> None:
             lost = broadcast.send(claimed)
             if self._is_first:
                 self._folder.write_behind(weights, broadcast.stream.take_kept())
             sent[:] = self._wait(self._pool.settle(weights, claimed, lost))
 
-        self._together(work)
-        self._together(lambda: self._wait(self._pool.load(weights, ())))
+        together(claim)  # by itself: once a rank sends, all of them must read the weights to their end
+        together(work)
+        together(lambda: self._wait(self._pool.load(weights, ())))
         return len(sent)
 
     @contextmanager
     def _between_turns(self) -> Iterator[None]:
         try:
             # A turn that meets a fault is asked again, after an outage at the worst.
-            self._together(lambda: self._wait(self._ended_turns()))
+            together(lambda: self._wait(self._ended_turns()))
             yield
         finally:
             self._loop.wait(self._next_turns(), self._vllm.timeout_s)
@@ -334,7 +319,7 @@ class VLLMServersEngine:
         One forward pass on every rank, so that under ZeRO-3 they stay together; who came up meanwhile is held to its
         result.
         """
-        answers = self._together(lambda: self._wait(self._sampled_for_canary()))
+        answers = together(lambda: self._wait(self._sampled_for_canary()))
         lives, mine = answers[runtime.rank()]
         sampled = mine if self._is_first else [*answers[self._first][1], *mine]
 
@@ -343,7 +328,7 @@ class VLLMServersEngine:
             self._wait(self._hold_newcomers(lives))
             return gap
 
-        gap = max(self._together(checked))
+        gap = max(together(checked))
         return {"sync/canary": gap, "sync/replicas": float(len(self._pool.up))}
 
     async def _sampled_for_canary(self) -> tuple[dict[str, int], list[list[Generation]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from agentopd.types import Episode
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 15.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LOOK_S = 0.2, 15.0, 0.01
 _SAY_AFTER_S = 1.0
 """An outage that is over sooner is not worth a line."""
 
@@ -47,6 +48,20 @@ class Needs:
     """Ids a token that the student chooses."""
 
 
+class _Bound:
+    """At most so many at once, over all event loops: batches ahead are scored on another one than that of a step."""
+
+    def __init__(self, most: int) -> None:
+        self._free = threading.Semaphore(most)
+
+    async def __aenter__(self) -> None:
+        while not self._free.acquire(blocking=False):
+            await asyncio.sleep(_LOOK_S)
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._free.release()
+
+
 class ServedTeacher:
     """``name`` is its key in ``[teachers]``. Ids beyond the student's never leave it: see ``within``.
 
@@ -58,6 +73,7 @@ class ServedTeacher:
         self.name = name
         self._vocab_size = needs.vocab_size
         self._config = config
+        self._bound = _Bound(config.concurrency)
         self._address = Address.parse(config.base_url, f"teachers.{name}.base_url")
         about = self._about()
         self.max_top_k: int | None = about["max_top_k"]
@@ -140,11 +156,10 @@ class ServedTeacher:
         read: Callable[[bytes, Episode], T],
     ) -> list[T]:
         """The answers on all episodes, in order, from questions of about ``batch_tokens`` tokens each."""
-        gate = asyncio.Semaphore(self._config.concurrency)
 
         async def ask(chosen: Sequence[int]) -> list[T]:
             mine = [episodes[i] for i in chosen]
-            async with gate:
+            async with self._bound:
                 # The server joins questions that are the same to the byte: these are tries of one, and nothing else.
                 question = wire.pack_episodes(mine, asked=uuid4().hex, **more(chosen))
                 body = await self._patiently("POST", path, question)

@@ -158,8 +158,20 @@ def nothing_can_be_written(rank: Rank) -> None:
     rank.update(1)
 
 
+def nothing_can_be_claimed(rank: Rank) -> None:
+    """A server refuses the first rank, before weights are sent that the other must read along."""
+    if runtime.rank() == 0:
+
+        async def refused(*_: Any) -> Any:
+            raise EngineError("403 Forbidden")
+
+        rank.engine._pool.claim = refused
+    rank.update(1)
+
+
 SCENARIOS: dict[str, Callable[[Rank], None]] = {
-    x.__name__: x for x in (updates, a_server_restarts, one_canary_fails, nothing_can_be_written)
+    x.__name__: x
+    for x in (updates, a_server_restarts, one_canary_fails, nothing_can_be_written, nothing_can_be_claimed)
 }
 
 

@@ -44,8 +44,8 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     made: list[VLLMServersEngine] = []
 
-    def start(replicas: int = 2) -> VLLMServersEngine:
-        vllm = VLLMConfig(canary_bound=1e3, timeout_s=30.0, sync="nccl")
+    def start(replicas: int = 2, timeout_s: float = 30.0) -> VLLMServersEngine:
+        vllm = VLLMConfig(canary_bound=1e3, timeout_s=timeout_s, sync="nccl")
         model = qwen3(400, max_position_embeddings=128, tie_word_embeddings=True)
         servers = ServersConfig(replicas=replicas, folder=str(tmp_path / "weights"))
         made.append(VLLMServersEngine(model, vllm, servers, MODULE, SocketTrainer))
@@ -149,10 +149,27 @@ def test_a_server_that_dies_amid_a_transfer_stops_the_run_which_nothing_else_cou
 def test_a_transfer_has_a_deadline(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make(1)
     assert engine._broadcast is not None
-    engine._broadcast._timeout_s = 0.5
+    engine._broadcast._timeout_s, farewells = 0.5, []
+    monkeypatch.setattr(broadcast, "_SLACK_S", 0.1)
     monkeypatch.setattr(SocketTrainer, "send_weights", lambda self: time.sleep(600))
+    monkeypatch.setattr(SocketTrainer, "shutdown", farewells.append)
     with pytest.raises(EngineError, match=r"does not end: rollout.vllm.timeout_s, 0.5 s, is over"):
         engine.sync_weights(1)
+    engine.close()
+    assert not farewells  # whoever stands in that collective would not hear them
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_left_behind_and_the_others_leave_its_group(make: Make, monkeypatch) -> None:
+    monkeypatch.setattr(broadcast, "_FAREWELL_S", 1.0)
+    engine = make(timeout_s=8.0)
+    well, hung = engine.replicas
+    os.kill(hung.process.pid, signal.SIGSTOP)
+    move(engine)
+    assert engine.sync_weights(1)["sync/sent"] == 1
+    assert (state(well)["left"], state(well)["sent"], SocketTrainer.opened) == (1, 1, [5, 3])
+    wait_for(engine, 2)
+    all_sample_the_same(engine)
 
 
 def test_weights_that_cannot_be_read_to_their_end_are_left_nowhere(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

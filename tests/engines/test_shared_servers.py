@@ -103,10 +103,16 @@ def test_a_server_that_comes_back_is_brought_up_to_date_by_who_meets_it(servers,
     assert ranks[0]["seen"][-1]["state"]["weights"] == ranks[0]["seen"][-1]["weights"]
 
 
-@pytest.mark.parametrize(("scenario", "whose", "stage"), [("one_canary_fails", 1, 3), ("nothing_can_be_written", 0, 3)])
-def test_what_fails_on_one_rank_stops_all(servers, job, scenario, whose, stage):
-    ranks = job(scenario, urls=servers(1), stage=stage)
-    said = {"one_canary_fails": "bound 1e-09", "nothing_can_be_written": "FileNotFoundError"}[scenario]
+@pytest.mark.parametrize(
+    ("scenario", "whose", "sync", "said"),
+    [
+        ("one_canary_fails", 1, "disk", "bound 1e-09"),
+        ("nothing_can_be_written", 0, "disk", "FileNotFoundError"),
+        ("nothing_can_be_claimed", 0, "nccl", "403 Forbidden"),
+    ],
+)
+def test_what_fails_on_one_rank_stops_all(servers, job, scenario, whose, sync, said):
+    ranks = job(scenario, urls=servers(1), stage=3, sync=sync)
     assert said in ranks[whose]["error"] and said in ranks[1 - whose]["error"]
     assert ranks[1 - whose]["error"].startswith(f"rank {whose} failed: ")
 

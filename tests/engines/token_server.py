@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 SLOW, DEADLY, HANGING, ENDLESS = 1, 2, 3, 4
-STATE = {"weights": "", "version": "default", "aborted": 0, "asked": 0, "loads": 0, "sent": 0, "port": ""}
+STATE = {"weights": "", "version": "default", "aborted": 0, "asked": 0, "loads": 0, "sent": 0, "left": 0, "port": ""}
 GROUP = {}
 CUTS = defaultdict(threading.Event)
 """Of requests, by their names."""
@@ -68,6 +68,7 @@ def finish(question):
 
 
 def shutdown(question):
+    STATE["left"] += 1
     GROUP.pop("socket").close()
     return 200, {}
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from agentopd.contracts import CandidateTeacher, Evidence, FloatArray, IntArray,
 from agentopd.doctor import Diagnosis, diagnose
 from agentopd.errors import ConfigError, TeacherError
 from agentopd.models import load_tokenizer, vocabulary_hash
-from agentopd.teachers import wire
+from agentopd.teachers import served, wire
 from agentopd.teachers.local import LocalTeacher
 from agentopd.teachers.served import Needs, ServedTeacher
 from agentopd.teachers.server import Identity, TeacherServer
@@ -187,6 +188,28 @@ def test_a_busy_teacher_slows_its_clients_down(serve):
     far = client(serve(SampledOnly(seconds=0.05), max_waiting=2), concurrency=6, batch_tokens=256)
     episodes = [episode(seed, sizes=(120, 100)) for seed in range(6)]
     assert [len(found.teacher_logprobs) for found in score(far, episodes, 0)] == [220] * 6
+
+
+def test_no_more_questions_are_asked_at_once_than_it_says_from_whatever_loop(serve, monkeypatch):
+    far = client(serve(SampledOnly(seconds=0.05)), concurrency=1, batch_tokens=256)
+    plain, under_way, seen = served.ask, set[str](), list[int]()
+
+    async def counted(*question: Any) -> bytes:
+        under_way.add(name := uuid4().hex)
+        seen.append(len(under_way))
+        try:
+            return await plain(*question)
+        finally:
+            under_way.remove(name)
+
+    monkeypatch.setattr(served, "ask", counted)
+    threads = [threading.Thread(target=score, args=(far, [episode(seed)], 0)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    score(far, [episode(4)], 0)
+    for thread in threads:
+        thread.join()
+    assert seen == [1] * 5
 
 
 def test_a_run_waits_for_a_teacher_that_was_away_and_says_so(local, serve, caplog):

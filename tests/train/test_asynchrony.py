@@ -5,7 +5,9 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +161,53 @@ def test_prompts_drawn_ahead_are_drawn_again_after_a_resume(quickstart, small):
         return {(item.step, item.episode.task_id) for item in RunDirectory.open(path).kept_episodes()}
 
     assert prompts(cut) == prompts(ahead.root)
+
+
+def test_nothing_that_was_begun_goes_on_after_a_close(monkeypatch):
+    """Not even what was begun and never awaited: the engine and the sandbox are closed next."""
+    began: list[int] = []
+
+    async def sampled(run: Any, prompts: Any) -> tuple[list[Any], list[Any]]:
+        began.append(run.step)
+        return [], []
+
+    async def beside(*_: Any) -> list[Any]:
+        return []
+
+    @dataclass
+    class Begun:
+        config: Any
+        mixture: Any
+        teachers: Any
+        blocks: Any
+        step: int = 0
+
+        def enter_stage(self) -> None:
+            pass
+
+    run = Begun(
+        SimpleNamespace(train=SimpleNamespace(max_staleness=1, steps=10, prompts_per_step=1), stage_at=lambda step: 0),
+        SimpleNamespace(ahead=lambda *_: SimpleNamespace(drawn=[], shares={}), taken=lambda: None),
+        SimpleNamespace(elsewhere=lambda: SimpleNamespace(routes={})),
+        SimpleNamespace(needs_teacher=True, top_k=0),
+    )
+
+    async def scene() -> None:
+        rollouts = Rollouts(run)
+        await rollouts.take()
+        while began != [0, 1]:
+            await asyncio.sleep(0)
+        run.step = 1
+        await asyncio.sleep(0.1)
+        await rollouts.take()  # is there: the next batch is begun, and the loop has not come to it
+        await rollouts.aclose()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await asyncio.sleep(0.1)
+
+    monkeypatch.setattr("agentopd.pipeline.collect", sampled)
+    monkeypatch.setattr("agentopd.pipeline.collect_beside", beside)
+    asyncio.run(scene())
+    assert began == [0, 1]
 
 
 def test_a_closed_gate_waits_for_what_is_inside_and_lets_nothing_in():
