@@ -19,6 +19,8 @@ class SocketTrainer:
     faults: ClassVar[dict[str, str]] = {}
     opened: ClassVar[list[int]] = []
     """The sizes of the groups so far."""
+    members: ClassVar[list[socket.socket]] = []
+    """Of all of them: a group that a run gives up is closed by nobody."""
 
     def __init__(self, client: Any, stream: WeightStream, host: str, port: int, size: int) -> None:
         self._client, self._stream = client, stream
@@ -28,6 +30,7 @@ class SocketTrainer:
             info = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": size}
             joined = beside.submit(client.init_weight_transfer_engine, info)
             self._members = [meeting.accept()[0] for _ in range((size - 1) // 2)]  # a server has two workers
+            self.members += self._members
             firsts = sorted(int.from_bytes(member.recv(4)) for member in self._members)
             assert firsts == list(range(1, size, 2))
             joined.result()

@@ -55,6 +55,8 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Make]:
     yield start
     for engine in made:
         engine.close()
+    while SocketTrainer.members:
+        SocketTrainer.members.pop().close()
 
 
 def move(engine: VLLMServersEngine) -> None:
