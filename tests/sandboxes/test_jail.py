@@ -168,7 +168,8 @@ def test_a_case_under_which_every_worker_dies_is_to_blame() -> None:
             while len(victims) < 2:
                 await asyncio.sleep(0.02)
                 found = {w for w in sandbox._all - victims if w.used is not None and w.zygote.cells > AHEAD}
-                if found:  # past its self-test: the case is on
+                if found:  # past its self-test: the case is about to be on, and takes nine seconds
+                    await asyncio.sleep(1)
                     victims |= found
                     slay(descendants(os.getpid()) - before)
 
