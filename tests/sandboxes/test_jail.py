@@ -14,8 +14,9 @@ import pytest
 
 from agentopd.contracts import Case, CaseResult, CaseStatus, Program, Sandbox, SandboxLimits
 from agentopd.errors import UserError
-from agentopd_sandboxes import JailSandbox
+from agentopd_sandboxes import JailSandbox, pool
 from agentopd_sandboxes.jail import AHEAD
+from agentopd_sandboxes.pool import CellDied
 from agentopd_sandboxes.remedies import remedy
 
 pytestmark = pytest.mark.usefixtures("jail_works")
@@ -157,19 +158,30 @@ def test_a_worker_that_dies_is_replaced_and_the_case_run_again() -> None:
 
 
 @pytest.mark.slow
-def test_a_case_under_which_every_worker_dies_is_to_blame() -> None:
+def test_a_case_under_which_every_worker_dies_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    blamed: list[int] = []
+    count = pool._Run._count
+
+    def noted(run: Any, index: int, death: CellDied) -> None:
+        count(run, index, death)
+        blamed[:] = run.deaths
+
+    monkeypatch.setattr(pool._Run, "_count", noted)
+
     async def scenario() -> None:
         sandbox = JailSandbox(workers=1)
         before = descendants(os.getpid())
 
         async def assassin() -> None:
-            """Do as a case would that can kill its cell: twice it is alone with a worker, then it is known."""
+            """Do as a case would that can kill its cell: twice it is alone with a worker, then it is known.
+
+            A cell that is seen to die before its worker does, or a worker before the case is on, is no death of its.
+            """
             victims: set[Any] = set()
-            while len(victims) < 2:
+            while blamed != [2]:
                 await asyncio.sleep(0.02)
                 found = {w for w in sandbox._all - victims if w.used is not None and w.zygote.cells > AHEAD}
-                if found:  # past its self-test: the case is about to be on, and takes nine seconds
-                    await asyncio.sleep(1)
+                if found:  # past its self-test: the case is on, or about to be
                     victims |= found
                     slay(descendants(os.getpid()) - before)
 
