@@ -131,8 +131,8 @@ class Broadcast:
     def send(self, replicas: Sequence[Replica]) -> dict[str, str]:
         """Run one pass and give what it reads to ``replicas``; why it failed, by the names of those it failed on.
 
-        The pass is read to its end whatever happens, as other ranks may read along. Raises ``EngineError`` for a
-        collective that does not end.
+        The pass is read to its end, as other ranks may read along, unless a collective does not end: that raises
+        ``Endless``, and whoever ends this process ends them.
         """
         self.stream.rewind()
         lost = self._try_to_send(replicas)

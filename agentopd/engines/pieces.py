@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from agentopd.contracts import Generation, GenerationRequest
+from agentopd.engines.background import Gate
 
 CUT = "abort"
 """How a piece ends that is not the last of its turn; vLLM's word for it."""
@@ -49,3 +51,14 @@ class Pieces:
         (_, version), *updates = self._stretches
         ids, logprobs = tuple(self._token_ids), tuple(self._logprobs)
         return Generation(ids, logprobs, self._finish_reason, version, tuple(updates))
+
+
+async def in_pieces(
+    request: GenerationRequest, gate: Gate, sample: Callable[[GenerationRequest], Awaitable[Generation]]
+) -> Generation:
+    """The turn by ``sample``, whose pieces end where an update closes ``gate`` and cuts them."""
+    pieces = Pieces(request)
+    while not pieces.is_whole:
+        async with gate:
+            pieces.add(await sample(pieces.rest))
+    return pieces.generation()

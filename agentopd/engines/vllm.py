@@ -16,7 +16,7 @@ from agentopd.config.engines import VLLMConfig
 from agentopd.contracts import Generation, GenerationRequest
 from agentopd.engines.background import Gate
 from agentopd.engines.canary import Canary
-from agentopd.engines.pieces import CUT, Pieces
+from agentopd.engines.pieces import CUT, in_pieces
 from agentopd.engines.requests import check_finite, check_fits, context_limit
 from agentopd.engines.vllm_process import (
     KEYS,
@@ -138,14 +138,7 @@ class VLLMEngine:
         return self._canary.check(self._llm.wait(sampled()))
 
     async def _generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        async def turn(request: GenerationRequest) -> Generation:
-            pieces = Pieces(request)
-            while not pieces.is_whole:
-                async with self._turns:
-                    pieces.add(await self._one(pieces.rest))
-            return pieces.generation()
-
-        return list(await asyncio.gather(*map(turn, requests)))
+        return list(await asyncio.gather(*(in_pieces(request, self._turns, self._one) for request in requests)))
 
     async def _one(self, request: GenerationRequest) -> Generation:
         from vllm import TokensPrompt

@@ -26,7 +26,7 @@ from agentopd.engines.background import BackgroundLoop, Gate
 from agentopd.engines.broadcast import SERVER_ARGS, Broadcast, OpenTrainer, WeightStream
 from agentopd.engines.canary import Canary
 from agentopd.engines.http import Address, Away
-from agentopd.engines.pieces import Pieces
+from agentopd.engines.pieces import in_pieces
 from agentopd.engines.pool import Pool, Replica
 from agentopd.engines.requests import check_fits, context_limit
 from agentopd.engines.server_process import ServerProcess
@@ -371,14 +371,10 @@ class VLLMServersEngine:
         self._canary.check_again(await self._canary_on(replica))
 
     async def _generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        async def turn(request: GenerationRequest) -> Generation:
-            pieces = Pieces(request)
-            while not pieces.is_whole:
-                async with self._turns:
-                    pieces.add(self._generation(await self._pool.sample(pieces.rest)))
-            return pieces.generation()
+        async def one(request: GenerationRequest) -> Generation:
+            return self._generation(await self._pool.sample(request))
 
-        return list(await asyncio.gather(*map(turn, requests)))
+        return list(await asyncio.gather(*(in_pieces(request, self._turns, one) for request in requests)))
 
     def _generation(self, made: Sampled) -> Generation:
         return Generation(made.token_ids, made.logprobs, made.finish_reason, self.weight_version)

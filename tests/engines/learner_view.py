@@ -36,13 +36,14 @@ def learner_logprobs(model: Any, prompt: Sequence[int], sampled: Sequence[int], 
     return torch.log_softmax(logits / temperature, -1)
 
 
+def gaps_of(model: Any, request: GenerationRequest, made: Generation) -> torch.Tensor:
+    """How far each log-prob (N,) is from the learner's own."""
+    full = learner_logprobs(model, request.token_ids, made.token_ids, request.params.temperature)
+    return (full.gather(1, torch.tensor(made.token_ids)[:, None])[:, 0] - torch.tensor(made.logprobs)).abs()
+
+
 def largest_gap(model: Any, asked: Sequence[GenerationRequest], made: Sequence[Generation]) -> float:
-    gaps = []
-    for request, generation in zip(asked, made, strict=True):
-        full = learner_logprobs(model, request.token_ids, generation.token_ids, request.params.temperature)
-        picked = full.gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
-        gaps.append(float((picked - torch.tensor(generation.logprobs)).abs().max()))
-    return max(gaps)
+    return max(float(gaps_of(model, *pair).max()) for pair in zip(asked, made, strict=True))
 
 
 def turn_of(made: Generation) -> Turn:
@@ -63,11 +64,9 @@ def largest_gap_of_stretches(
     for version, state in weights.items():
         model.load_state_dict(state)
         for request, generation in zip(asked, made, strict=True):
-            full = learner_logprobs(model, request.token_ids, generation.token_ids, request.params.temperature)
-            picked = full.gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
             versions = [which for which, size in turn_of(generation).weight_spans for _ in range(size)]
             mine = torch.tensor([which == version for which in versions])
-            gaps += (picked - torch.tensor(generation.logprobs))[mine].abs().tolist()
+            gaps += gaps_of(model, request, generation)[mine].tolist()
     return float(max(gaps))
 
 
